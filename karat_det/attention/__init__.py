@@ -1,0 +1,6 @@
+"""Kolmogorov-Arnold attention itself. It imports torch and nothing else."""
+
+from .module import KArAtAttention
+from .operator import KArAtConfig, KArAtOperator
+
+__all__ = ["KArAtAttention", "KArAtConfig", "KArAtOperator"]

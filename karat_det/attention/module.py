@@ -1,0 +1,134 @@
+"""Multi-head self-attention with a KArAt operator where softmax stood.
+
+Takes the place of Detectron2's `modeling.backbone.vit.Attention` and of timm's `layers.Attention`, and keeps their
+parameter names, so that their checkpoints load by name: `qkv`, `proj`, `rel_pos_h`, `rel_pos_w`.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .operator import KArAtConfig, KArAtOperator
+
+
+class KArAtAttention(nn.Module):
+    """Multi-head self-attention whose scores pass through learnable functions in place of softmax.
+
+    Args:
+        dim: number of channels C.
+        num_heads: number of heads; must divide dim.
+        num_tokens: N, the number of tokens that attend to each other.
+        config: see KArAtConfig.
+        qkv_bias: whether query, key and value have a bias.
+        use_rel_pos: whether decomposed relative positions are added to the scores (section 4 of MViTv2,
+            arXiv 2112.01526, as in Detectron2).
+        rel_pos_zero_init: whether these start at zero; else from a truncated normal of deviation 0.02.
+        input_size: (H, W) of the token grid, H · W = num_tokens; needed for relative positions.
+        proj_drop: dropout after the output projection.
+        operator: one that this module shares with others (`sharing="universal"`). It is used but not registered here,
+            so whoever shares it must register it once. None makes one that belongs to this module.
+
+    Raises:
+        ValueError: sizes do not fit each other.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_tokens: int,
+        config: KArAtConfig,
+        *,
+        qkv_bias: bool = True,
+        use_rel_pos: bool = False,
+        rel_pos_zero_init: bool = True,
+        input_size: tuple[int, int] | None = None,
+        proj_drop: float = 0.0,
+        operator: KArAtOperator | None = None,
+    ):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"num_heads is {num_heads}, which does not divide dim, {dim}.")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+        self.use_rel_pos = use_rel_pos
+        if use_rel_pos:
+            if input_size is None or input_size[0] * input_size[1] != num_tokens:
+                raise ValueError(
+                    f"input_size is {input_size}. With use_rel_pos it must be the (H, W) of a grid of "
+                    f"{num_tokens} tokens."
+                )
+            head_dim = dim // num_heads
+            self.rel_pos_h = nn.Parameter(torch.zeros(2 * input_size[0] - 1, head_dim))
+            self.rel_pos_w = nn.Parameter(torch.zeros(2 * input_size[1] - 1, head_dim))
+            if not rel_pos_zero_init:
+                nn.init.trunc_normal_(self.rel_pos_h, std=0.02)
+                nn.init.trunc_normal_(self.rel_pos_w, std=0.02)
+
+        if operator is None:
+            self.operator = KArAtOperator(num_heads, num_tokens, config)
+        else:
+            if (operator.num_heads, operator.num_tokens) != (num_heads, num_tokens):
+                raise ValueError(
+                    f"The shared operator has {operator.num_heads} heads and N = {operator.num_tokens} tokens, this "
+                    f"attention {num_heads} heads and N = {num_tokens}. Attentions that share an operator must have "
+                    "the same of both."
+                )
+            # nn.Module.__setattr__ would register it, and the state dict would hold it once for every block.
+            object.__setattr__(self, "operator", operator)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """
+        Args:
+            x: tokens on a grid (B, H, W, C), as in Detectron2, or in a row (B, N, C), as in timm.
+            attn_mask: added to the scores, broadcastable to (B, heads, N, N), finite floats.
+            is_causal: must be False; it is there since timm's blocks pass it.
+
+        Returns:
+            A tensor of the shape of x.
+
+        Raises:
+            ValueError: x has another number of tokens than the operator, or the mask excludes pairs.
+        """
+        if is_causal or (attn_mask is not None and attn_mask.dtype == torch.bool):
+            raise ValueError("KArAt has no excluded pairs of tokens: is_causal and boolean masks are for softmax only.")
+        batch_size, channels = x.shape[0], x.shape[-1]
+        # (3, B, heads, N, d)
+        qkv = self.qkv(x).reshape(batch_size, -1, 3, self.num_heads, channels // self.num_heads).permute(2, 0, 3, 1, 4)
+        query, key, value = qkv.unbind(0)
+        bias = attn_mask
+        if self.use_rel_pos:
+            positions = decomposed_rel_pos(query, self.rel_pos_h, self.rel_pos_w)
+            bias = positions if bias is None else bias + positions
+        attended = self.operator.attend(query, key, value, bias)  # (B, heads, N, d)
+        return self.proj_drop(self.proj(attended.transpose(1, 2).reshape(x.shape)))
+
+
+def decomposed_rel_pos(query: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> Tensor:
+    """Bias of the scores by relative position, the sum of a term for height and one for width.
+
+    Args:
+        query: of shape (B, heads, H · W, d), not scaled.
+        rel_pos_h: of shape (2H − 1, d), one row for each difference of rows of the grid.
+        rel_pos_w: of shape (2W − 1, d).
+
+    Returns:
+        The bias, of shape (B, heads, H · W, H · W).
+
+    Source: section 4 of MViTv2, arXiv 2112.01526. Unlike Detectron2's add_decomposed_rel_pos it never resizes the
+    tables, since the operator fixes the grid.
+    """
+    height, width = (len(rel_pos_h) + 1) // 2, (len(rel_pos_w) + 1) // 2
+    on_grid = query.unflatten(2, (height, width))
+    by_row = torch.einsum("bnhwd,hkd->bnhwk", on_grid, rel_pos_h[_differences(height, query.device)])
+    by_column = torch.einsum("bnhwd,wkd->bnhwk", on_grid, rel_pos_w[_differences(width, query.device)])
+    bias = by_row[..., :, None] + by_column[..., None, :]  # (B, heads, H, W, H, W)
+    return bias.flatten(4).flatten(2, 3)
+
+
+def _differences(size: int, device: torch.device) -> Tensor:
+    """Row of a relative position table for each pair (query, key) of coordinates, of shape (size, size)."""
+    coordinates = torch.arange(size, device=device)
+    return coordinates[:, None] - coordinates[None, :] + size - 1

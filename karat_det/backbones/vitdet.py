@@ -1,0 +1,198 @@
+"""KArAt in ViTDet: Detectron2's ViT and SimpleFeaturePyramid, built from YAML, with its attention replaced.
+
+"Exploring Plain Vision Transformer Backbones for Object Detection", arXiv 2203.16527, as in
+detectron2.modeling.backbone.vit. Feature maps are (B, C, H / stride, W / stride) for images (B, 3, H, W).
+"""
+
+import math
+from dataclasses import fields
+from functools import partial
+
+import torch
+import torch.nn as nn
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from detectron2.modeling.backbone.vit import SimpleFeaturePyramid, ViT
+
+from ..attention.module import KArAtAttention
+from ..attention.operator import KArAtConfig, KArAtOperator
+
+GLOBAL_BLOCKS = ("operator", "softmax", "window")
+SCALE_FACTORS = (4.0, 2.0, 1.0, 0.5)
+
+
+@BACKBONE_REGISTRY.register()
+def build_vitdet_karat_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SimpleFeaturePyramid:
+    """Builds ViTDet's backbone with KArAt in its blocks, from MODEL.VIT, MODEL.KARAT and MODEL.FPN.
+
+    With MODEL.KARAT.ENABLED False it is Detectron2's own, key for key. A universal operator is `net.operator`; the
+    operators of blockwise sharing are `net.blocks.<i>.attn.operator`.
+
+    Args:
+        cfg: a config with the keys of `add_karat_config`.
+        input_shape: of the image; its channels count.
+
+    Raises:
+        ValueError: sizes do not fit each other, or a key has a value that is not allowed.
+    """
+    vit = cfg.MODEL.VIT
+    tokens_per_side = _check_sizes(cfg)
+    net = ViT(
+        img_size=vit.IMG_SIZE,
+        patch_size=vit.PATCH_SIZE,
+        in_chans=input_shape.channels,
+        embed_dim=vit.EMBED_DIM,
+        depth=vit.DEPTH,
+        num_heads=vit.NUM_HEADS,
+        mlp_ratio=vit.MLP_RATIO,
+        qkv_bias=vit.QKV_BIAS,
+        drop_path_rate=vit.DROP_PATH_RATE,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        use_rel_pos=vit.USE_REL_POS,
+        window_size=vit.WINDOW_SIZE,
+        window_block_indexes=_window_blocks(cfg),
+        pretrain_img_size=vit.PRETRAIN_IMG_SIZE,
+        pretrain_use_cls_token=vit.PRETRAIN_USE_CLS_TOKEN,
+    )
+    if cfg.MODEL.KARAT.ENABLED:
+        # One seed then starts pyramid and heads alike, whichever attention the blocks have.
+        with torch.random.fork_rng(devices=[]):
+            _replace_attention(net, cfg, tokens_per_side)
+    top_block = LastLevelMaxPool()
+    # It pools the coarsest level, which is p5 only for strides of up to 32 pixels.
+    top_block.in_feature = f"p{round(math.log2(vit.PATCH_SIZE / vit.SCALE_FACTORS[-1]))}"
+    return SimpleFeaturePyramid(
+        net,
+        in_feature="last_feat",
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        scale_factors=vit.SCALE_FACTORS,
+        top_block=top_block,
+        norm=cfg.MODEL.FPN.NORM,
+        square_pad=vit.IMG_SIZE,
+    )
+
+
+def karat_config(cfg: CfgNode) -> KArAtConfig:
+    """Reads MODEL.KARAT; its keys are the upper-case names of KArAtConfig's fields.
+
+    Raises:
+        ValueError: a key has a value that is not allowed.
+    """
+    try:
+        return KArAtConfig(**{field.name: cfg.MODEL.KARAT[field.name.upper()] for field in fields(KArAtConfig)})
+    except ValueError as error:
+        field, _, complaint = str(error).partition(" ")
+        raise ValueError(f"MODEL.KARAT.{field.upper()} {complaint}") from None
+
+
+def _replace_attention(net: ViT, cfg: CfgNode, tokens_per_side: int) -> None:
+    """Puts KArAt in the place of softmax in every block that is to have it."""
+    config = karat_config(cfg)
+    vit = cfg.MODEL.VIT
+    grids = {}  # side of the token grid that each block attends to
+    for index, block in enumerate(net.blocks):
+        if block.window_size or cfg.MODEL.KARAT.GLOBAL_BLOCKS == "operator":
+            grids[index] = block.window_size or tokens_per_side
+    if config.sharing == "universal" and len(set(grids.values())) > 1:
+        raise ValueError(
+            f"MODEL.KARAT.SHARING is universal, but N, the number of tokens that attend to each other, differs between "
+            f"blocks: {vit.WINDOW_SIZE}² = {vit.WINDOW_SIZE**2} in window blocks (MODEL.VIT.WINDOW_SIZE), "
+            f"{tokens_per_side}² = {tokens_per_side**2} in global ones (MODEL.VIT.IMG_SIZE / PATCH_SIZE). Set "
+            'MODEL.KARAT.SHARING blockwise, or MODEL.KARAT.GLOBAL_BLOCKS "softmax" or "window".'
+        )
+    for side in set(grids.values()):
+        if config.rank > side**2:
+            raise ValueError(
+                f"MODEL.KARAT.RANK is {config.rank}, above N = {side}² = {side**2}, the number of tokens that attend "
+                f"to each other. It must be from 1 to {side**2}."
+            )
+    shared = None
+    if config.sharing == "universal" and grids:
+        shared = net.operator = KArAtOperator(vit.NUM_HEADS, next(iter(grids.values())) ** 2, config)
+    for index, side in grids.items():
+        block = net.blocks[index]
+        attention = KArAtAttention(
+            vit.EMBED_DIM,
+            vit.NUM_HEADS,
+            side**2,
+            config,
+            qkv_bias=vit.QKV_BIAS,
+            use_rel_pos=vit.USE_REL_POS,
+            input_size=(side, side),
+            operator=shared,
+        )
+        # The linear layers keep the weights that the ViT drew, so that one seed starts KArAt and softmax alike.
+        attention.qkv, attention.proj = block.attn.qkv, block.attn.proj
+        block.attn = attention
+
+
+def _window_blocks(cfg: CfgNode) -> list[int]:
+    vit = cfg.MODEL.VIT
+    if cfg.MODEL.KARAT.ENABLED and cfg.MODEL.KARAT.GLOBAL_BLOCKS == "window":
+        return list(range(vit.DEPTH))
+    return list(vit.WINDOW_BLOCKS)
+
+
+def _check_sizes(cfg: CfgNode) -> int:
+    """Checks MODEL.VIT before anything is built; returns the number of patches on a side of the image."""
+    vit, karat = cfg.MODEL.VIT, cfg.MODEL.KARAT
+    for key in ("IMG_SIZE", "PATCH_SIZE", "EMBED_DIM", "DEPTH", "NUM_HEADS", "PRETRAIN_IMG_SIZE"):
+        if vit[key] < 1:
+            raise ValueError(f"MODEL.VIT.{key} is {vit[key]}. It must be at least 1.")
+    if vit.IMG_SIZE % vit.PATCH_SIZE:
+        raise ValueError(
+            f"MODEL.VIT.IMG_SIZE is {vit.IMG_SIZE}, which MODEL.VIT.PATCH_SIZE, {vit.PATCH_SIZE}, does not divide. "
+            f"Near sizes that fit: {_multiples_near(vit.IMG_SIZE, vit.PATCH_SIZE)}."
+        )
+    if vit.EMBED_DIM % vit.NUM_HEADS:
+        raise ValueError(
+            f"MODEL.VIT.EMBED_DIM is {vit.EMBED_DIM}, which MODEL.VIT.NUM_HEADS, {vit.NUM_HEADS}, does not divide."
+        )
+    foreign = [index for index in vit.WINDOW_BLOCKS if not 0 <= index < vit.DEPTH]
+    if foreign:
+        raise ValueError(
+            f"MODEL.VIT.WINDOW_BLOCKS names {foreign}; MODEL.VIT.DEPTH is {vit.DEPTH}, so blocks are 0 to "
+            f"{vit.DEPTH - 1}."
+        )
+    levels = [SCALE_FACTORS[i:j] for i in range(len(SCALE_FACTORS)) for j in range(i + 1, len(SCALE_FACTORS) + 1)]
+    if tuple(vit.SCALE_FACTORS) not in levels:
+        raise ValueError(
+            f"MODEL.VIT.SCALE_FACTORS is {vit.SCALE_FACTORS}. It must be neighbours among {list(SCALE_FACTORS)}, from "
+            "the largest to the smallest."
+        )
+    finest_stride = vit.PATCH_SIZE / vit.SCALE_FACTORS[0]
+    if not math.log2(finest_stride).is_integer() or finest_stride < 1:
+        raise ValueError(
+            f"MODEL.VIT.PATCH_SIZE is {vit.PATCH_SIZE}, the first of MODEL.VIT.SCALE_FACTORS {vit.SCALE_FACTORS[0]}: "
+            f"the finest level of the pyramid would have a stride of {finest_stride:g} pixels. It must be a power of 2."
+        )
+    tokens_per_side = vit.IMG_SIZE // vit.PATCH_SIZE
+    if not karat.ENABLED:
+        return tokens_per_side
+
+    if karat.GLOBAL_BLOCKS not in GLOBAL_BLOCKS:
+        raise ValueError(
+            f"MODEL.KARAT.GLOBAL_BLOCKS is {karat.GLOBAL_BLOCKS!r}, which is unknown. "
+            f"Known: {', '.join(GLOBAL_BLOCKS)}."
+        )
+    if _window_blocks(cfg):
+        if vit.WINDOW_SIZE < 1:
+            raise ValueError(
+                f"MODEL.VIT.WINDOW_SIZE is {vit.WINDOW_SIZE}, but there are window blocks. It must be at least 1; "
+                "MODEL.VIT.WINDOW_BLOCKS [] is for none."
+            )
+        if tokens_per_side % vit.WINDOW_SIZE:
+            # Detectron2 pads such windows; softmax learns to live with it, an operator would sum over the padding.
+            raise ValueError(
+                f"MODEL.VIT.IMG_SIZE / PATCH_SIZE is {vit.IMG_SIZE} / {vit.PATCH_SIZE} = {tokens_per_side} patches on "
+                f"a side, which MODEL.VIT.WINDOW_SIZE, {vit.WINDOW_SIZE}, does not divide; with KArAt windows must "
+                f"tile the image. Near sizes that fit: {_multiples_near(vit.IMG_SIZE, vit.PATCH_SIZE * vit.WINDOW_SIZE)}."
+            )
+    return tokens_per_side
+
+
+def _multiples_near(size: int, divisor: int) -> str:
+    lower = size // divisor * divisor
+    return f"{lower} and {lower + divisor}" if lower else str(divisor)

@@ -1,0 +1,90 @@
+"""Every YAML key that karat_det adds to Detectron2's, with its default.
+
+The defaults are those of ViT-Base at 224 × 224 with one universal Fourier operator of grid size 1 (G1U).
+Detectron2's own keys keep Detectron2's defaults: what a family of models changes of them stands in its base YAML file.
+"""
+
+from detectron2.config import CfgNode as CN
+
+
+def add_karat_config(cfg: CN) -> None:
+    """Adds the keys of karat_det to a Detectron2 config, in place.
+
+    Args:
+        cfg: the config returned by `detectron2.config.get_cfg()`, not yet merged with a file.
+    """
+    # The operator that replaces softmax. Each key is a field of karat_det.attention.operator.KArAtConfig.
+    cfg.MODEL.KARAT = CN()
+    # False builds Detectron2's own softmax ViTDet, parameter for parameter: the baseline of every comparison.
+    cfg.MODEL.KARAT.ENABLED = True
+    # Family of one-dimensional functions: "fourier".
+    cfg.MODEL.KARAT.BASIS = "fourier"
+    # Number of frequencies G of the Fourier series, at least 1. The G of the paper's "G1B" and "G3U".
+    cfg.MODEL.KARAT.GRID_SIZE = 1
+    # Rank r of the operator, from 1 to the number of tokens N that one attention sees.
+    cfg.MODEL.KARAT.RANK = 12
+    # "blockwise": each block has its own operators. "universal": all blocks hold the very same one.
+    cfg.MODEL.KARAT.SHARING = "universal"
+    # b(x), added to every function of the series: "zero", "identity", "silu" or "gelu".
+    cfg.MODEL.KARAT.BASE_FUNCTION = "zero"
+    # Where the linear projector W stands: "project_after" is W Φ̂(A).
+    cfg.MODEL.KARAT.ORDER = "project_after"
+    # "none", or "softmax" for softmax(A) + W Φ̂(A) with W = 0 at the start: a softmax network's exact continuation.
+    cfg.MODEL.KARAT.RESIDUAL = "none"
+    # "scaled" keeps activations at unit scale whatever N and G; "paper" is the paper's a, b ~ N(0, 1).
+    cfg.MODEL.KARAT.INIT = "scaled"
+    # Blocks that attend to the whole image: "operator" (KArAt; fixes the image size), "softmax",
+    # or "window" (make them window blocks too).
+    cfg.MODEL.KARAT.GLOBAL_BLOCKS = "operator"
+
+    # Plain vision transformer and simple feature pyramid, built as Detectron2's ViT and SimpleFeaturePyramid.
+    cfg.MODEL.VIT = CN()
+    # Side of the square input, in pixels. Images are resized or padded to it.
+    cfg.MODEL.VIT.IMG_SIZE = 224
+    # Side of a patch, in pixels. It must divide IMG_SIZE.
+    cfg.MODEL.VIT.PATCH_SIZE = 16
+    # Width, depth and heads: 192, 12, 3 is ViT-Tiny; 384, 12, 6 is ViT-Small; 768, 12, 12 is ViT-Base.
+    cfg.MODEL.VIT.EMBED_DIM = 768
+    cfg.MODEL.VIT.DEPTH = 12
+    cfg.MODEL.VIT.NUM_HEADS = 12
+    # Hidden width of the MLP over EMBED_DIM.
+    cfg.MODEL.VIT.MLP_RATIO = 4.0
+    # Bias of the query, key and value projection.
+    cfg.MODEL.VIT.QKV_BIAS = True
+    # Stochastic depth of the last block; it rises linearly from 0 in the first.
+    cfg.MODEL.VIT.DROP_PATH_RATE = 0.1
+    # Side of an attention window, in patches. With KArAt it must divide IMG_SIZE / PATCH_SIZE.
+    cfg.MODEL.VIT.WINDOW_SIZE = 14
+    # Blocks that attend within windows; the others attend to the whole image.
+    cfg.MODEL.VIT.WINDOW_BLOCKS = [0, 1, 3, 4, 6, 7, 9, 10]
+    # Decomposed relative positions, added to the scores.
+    cfg.MODEL.VIT.USE_REL_POS = True
+    # Image size that the absolute position embedding belongs to, and whether it carries a class token's row.
+    cfg.MODEL.VIT.PRETRAIN_IMG_SIZE = 224
+    cfg.MODEL.VIT.PRETRAIN_USE_CLS_TOKEN = True
+    # Levels of the pyramid, as factors of the patch grid's resolution.
+    cfg.MODEL.VIT.SCALE_FACTORS = [4.0, 2.0, 1.0, 0.5]
+
+    # A weights file with keys or shapes that the model does not have stops the run, unless this is False.
+    cfg.MODEL.WEIGHTS_STRICT = True
+
+    # Learning rate of block i of L, of the rate of the heads: LAYER_DECAY ** (L - i). 1.0 is one rate for all.
+    cfg.SOLVER.LAYER_DECAY = 1.0
+    # AdamW's betas and epsilon.
+    cfg.SOLVER.BETAS = (0.9, 0.999)
+    cfg.SOLVER.EPS = 1e-6
+
+    # "fixed": resize to IMG_SIZE × IMG_SIZE. "lsj": large-scale jitter and crop to it; test images keep their shape.
+    cfg.INPUT.RESIZE = "fixed"
+    # Range of the factors that large-scale jitter draws from.
+    cfg.INPUT.LSJ_SCALE = (0.1, 2.0)
+
+    # The metric that decides which checkpoint is the best one.
+    cfg.TEST.BEST_METRIC = "segm/AP"
+
+    # Your own data in COCO format: dataset i is NAMES[i], annotated in JSONS[i], its images below IMAGE_DIRS[i].
+    # DATASETS.TRAIN and DATASETS.TEST then choose among them, and among Detectron2's built-in names, by name.
+    cfg.KARAT_DATA = CN()
+    cfg.KARAT_DATA.NAMES = []
+    cfg.KARAT_DATA.JSONS = []
+    cfg.KARAT_DATA.IMAGE_DIRS = []

@@ -1,0 +1,133 @@
+"""From a record to what the model takes: the image resized as INPUT.RESIZE says, its instances with it.
+
+INPUT.RESIZE "fixed", in training and in testing, resizes each image to MODEL.VIT.IMG_SIZE × IMG_SIZE; the detector maps
+its results back to the original size. "lsj" is the large-scale jitter of Detectron2's ViTDet recipe: in training, the
+image is scaled by a random factor of INPUT.LSJ_SCALE and cropped to IMG_SIZE × IMG_SIZE at most; in testing, its longer
+side becomes IMG_SIZE. The model pads what is smaller.
+"""
+
+import importlib.util
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import detectron2.data.transforms as T
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+from PIL import Image
+
+# Masks that Pillow has resized cannot be written to; Detectron2 makes tensors of them and only reads these.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable", module="detectron2")
+
+
+def build_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
+    """Builds the transforms that INPUT.RESIZE, INPUT.RANDOM_FLIP and, in training, INPUT.CROP ask for.
+
+    Args:
+        cfg: config with the keys of `add_karat_config`.
+        is_train: with the random transforms of training or without.
+
+    Returns:
+        Detectron2's augmentations, in the order in which they apply.
+
+    Raises:
+        ValueError: INPUT.RESIZE, INPUT.RANDOM_FLIP or INPUT.LSJ_SCALE has a value that it cannot have.
+    """
+    size = cfg.MODEL.VIT.IMG_SIZE
+    resize, flip = cfg.INPUT.RESIZE, cfg.INPUT.RANDOM_FLIP
+    if resize not in ("fixed", "lsj"):
+        raise ValueError(f"INPUT.RESIZE is {resize!r}; it must be 'fixed' or 'lsj'.")
+    if flip not in ("none", "horizontal", "vertical"):
+        raise ValueError(f"INPUT.RANDOM_FLIP is {flip!r}; it must be 'none', 'horizontal' or 'vertical'.")
+    if not is_train:
+        return [T.Resize((size, size)) if resize == "fixed" else T.ResizeShortestEdge(size, size)]
+
+    augmentations: list[T.Augmentation] = []
+    if cfg.INPUT.CROP.ENABLED:
+        augmentations.append(T.RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE))
+    if flip != "none":
+        augmentations.append(T.RandomFlip(horizontal=flip == "horizontal", vertical=flip == "vertical"))
+    if resize == "fixed":
+        augmentations.append(T.Resize((size, size)))
+    else:
+        scale = tuple(cfg.INPUT.LSJ_SCALE)
+        if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
+            raise ValueError(f"INPUT.LSJ_SCALE is {scale}; it must be (smallest, largest), both above 0.")
+        augmentations.append(T.ResizeScale(*scale, target_height=size, target_width=size))
+        augmentations.append(T.FixedSizeCrop((size, size), pad=False))
+    return augmentations
+
+
+def build_mapper(cfg: CfgNode, is_train: bool) -> DatasetMapper:
+    """Builds Detectron2's DatasetMapper with the transforms of `build_augmentation`.
+
+    Called with a record, the mapper returns a dict with `image`, a uint8 tensor (3, H, W), and in training `instances`,
+    the boxes, classes and masks of what is no crowd; an image that has none of these gets empty ones. An image that
+    cannot be read is an OSError that names the file; one whose size is not that of its record, a ValueError.
+
+    Args:
+        cfg: config with the keys of `add_karat_config`.
+        is_train: for training or for inference.
+
+    Returns:
+        A mapper for Detectron2's data loaders.
+
+    Raises:
+        ValueError: as `build_augmentation`.
+        ImportError: the crops of training need Shapely, and it is not installed.
+    """
+    arguments = _Mapper.from_config(cfg, is_train)
+    arguments["augmentations"] = build_augmentation(cfg, is_train)
+    crops = is_train and (cfg.INPUT.CROP.ENABLED or cfg.INPUT.RESIZE == "lsj")
+    arguments["recompute_boxes"] = crops and cfg.MODEL.MASK_ON
+    if arguments["recompute_boxes"] and importlib.util.find_spec("shapely") is None:
+        raise ImportError(
+            "INPUT.RESIZE 'lsj' and INPUT.CROP.ENABLED crop masks, for which Detectron2 uses Shapely, and it is not "
+            "installed. Run `pip install shapely`, or set INPUT.RESIZE fixed and INPUT.CROP.ENABLED False."
+        )
+    return _Mapper(**arguments)
+
+
+class _Mapper(DatasetMapper):
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        with unreadable_image_named(dataset_dict["file_name"]):
+            return super().__call__(dataset_dict)
+
+    def _transform_annotations(
+        self, dataset_dict: dict[str, Any], transforms: T.TransformList, image_shape: tuple[int, int]
+    ) -> None:
+        annotations = [each for each in dataset_dict["annotations"] if each.get("iscrowd", 0) == 0]
+        for annotation in annotations:
+            # Detectron2 transforms coordinates in place: integers, as many tools write them, would stay integers.
+            annotation["bbox"] = [float(x) for x in annotation["bbox"]]
+            if isinstance(annotation.get("segmentation"), list):
+                annotation["segmentation"] = [np.asarray(p, dtype=np.float64) for p in annotation["segmentation"]]
+        if annotations:
+            super()._transform_annotations(dataset_dict, transforms, image_shape)
+            return
+        # Detectron2 gives such an image no gt_masks at all, and then fails to recompute its boxes from them.
+        del dataset_dict["annotations"]
+        instances = Instances(image_shape)
+        instances.gt_boxes = Boxes(torch.zeros(0, 4))
+        instances.gt_classes = torch.zeros(0, dtype=torch.int64)
+        if self.use_instance_mask:
+            bitmask = self.instance_mask_format == "bitmask"
+            instances.gt_masks = BitMasks(torch.zeros(0, *image_shape)) if bitmask else PolygonMasks([])
+        dataset_dict["instances"] = instances
+
+
+@contextmanager
+def unreadable_image_named(file_name: str) -> Iterator[None]:
+    """Turns whatever Pillow raises for a missing, truncated or foreign file into an OSError that names it."""
+    try:
+        yield
+    except (OSError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise OSError(
+            f"Cannot read the image {file_name}: {type(error).__name__}: {error}. "
+            "Replace the file, or take it out of the dataset."
+        ) from error

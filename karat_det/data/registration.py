@@ -1,0 +1,289 @@
+"""The datasets of a config: registers your own, and loads and checks those of a run before the model is built.
+
+Your own data is in COCO format and named in the KARAT_DATA keys. A record is Detectron2's dataset dict: one image's
+file, size, id and annotations. Loading COCO's training set takes half a minute, so it is done once:
+
+    build_detection_train_loader(cfg, mapper=build_mapper(cfg, is_train=True), dataset=load_checked_dicts(cfg))
+"""
+
+import difflib
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.build import filter_images_with_only_crowd_annotations, print_instances_class_histogram
+from detectron2.data.datasets import register_coco_instances
+
+Record = dict[str, Any]
+
+# What this module registered: name -> (JSON file, image folder, class names).
+_registered: dict[str, tuple[str, str, list[str]]] = {}
+
+
+def register_from_config(cfg: CfgNode) -> None:
+    """Registers dataset NAMES[i] with the annotations JSONS[i] and the images below IMAGE_DIRS[i] of KARAT_DATA.
+
+    The class names are those of the JSON's `categories`, in the order of their ids. A name that an earlier call
+    registered is registered anew if its files or classes are different now.
+
+    Args:
+        cfg: config with the keys of `add_karat_config`. Paths are relative to the current folder.
+
+    Raises:
+        ValueError: the three lists differ in length; a name is empty, occurs twice or belongs to another dataset;
+            a JSON cannot be parsed or is not in COCO format.
+        FileNotFoundError: a JSON or an image folder does not exist.
+    """
+    names, jsons, image_dirs = (list(cfg.KARAT_DATA[key]) for key in ("NAMES", "JSONS", "IMAGE_DIRS"))
+    if not len(names) == len(jsons) == len(image_dirs):
+        raise ValueError(
+            "KARAT_DATA.NAMES, KARAT_DATA.JSONS and KARAT_DATA.IMAGE_DIRS must have one entry for each dataset, but "
+            f"they have {len(names)}, {len(jsons)} and {len(image_dirs)}: {names}, {jsons}, {image_dirs}."
+        )
+    for index, name in enumerate(names):
+        if not name or not isinstance(name, str):
+            raise ValueError(f"KARAT_DATA.NAMES[{index}] is {name!r}; it must be a name such as 'my_train'.")
+        if name in names[:index]:
+            raise ValueError(f"KARAT_DATA.NAMES holds {name!r} twice; give each dataset a name of its own.")
+        if name in DatasetCatalog and name not in _registered:
+            raise ValueError(
+                f"KARAT_DATA.NAMES[{index}] is {name!r}, which is the name of a built-in dataset; choose another."
+            )
+    for index, (name, json_file, image_dir) in enumerate(zip(names, jsons, image_dirs, strict=True)):
+        if not os.path.isfile(json_file):
+            raise FileNotFoundError(_missing(f"KARAT_DATA.JSONS[{index}]", name, json_file, "file"))
+        if not os.path.isdir(image_dir):
+            raise FileNotFoundError(_missing(f"KARAT_DATA.IMAGE_DIRS[{index}]", name, image_dir, "folder"))
+        entry = (json_file, image_dir, _read_class_names(json_file, f"KARAT_DATA.JSONS[{index}]"))
+        if name in _registered:
+            if _registered[name] == entry:
+                continue
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+        register_coco_instances(name, {"thing_classes": entry[2]}, json_file, image_dir)
+        _registered[name] = entry
+
+
+def _missing(key: str, name: str, path: str, kind: str) -> str:
+    return (
+        f"{key} is {path!r}, for the dataset {name!r}, but there is no such {kind} ({os.path.abspath(path)}). "
+        "Correct the path; a relative one starts at the current folder."
+    )
+
+
+def _read_class_names(json_file: str, key: str) -> list[str]:
+    try:
+        with open(json_file, encoding="utf-8") as file:
+            categories = json.load(file)["categories"]
+        class_names = [str(category["name"]) for category in sorted(categories, key=lambda category: category["id"])]
+    except ValueError as error:
+        raise ValueError(f"{key}, {json_file}, is not a JSON file: {error}. Write it anew.") from error
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{key}, {json_file}, is not in COCO format: it must be an object whose 'categories' is a list of objects "
+            f"with 'id' and 'name' ({type(error).__name__}: {error})."
+        ) from error
+    if not class_names:
+        raise ValueError(f"{key}, {json_file}, has no categories; list the classes under 'categories'.")
+    return class_names
+
+
+def load_checked_dicts(cfg: CfgNode) -> list[Record]:
+    """Loads and checks the datasets of DATASETS.TRAIN, and checks those of DATASETS.TEST.
+
+    Images without annotations, or with none but crowds, are left out of the training records if
+    DATALOADER.FILTER_EMPTY_ANNOTATIONS is True.
+
+    Args:
+        cfg: config whose KARAT_DATA datasets are registered already.
+
+    Returns:
+        The records of all training datasets, one after another.
+
+    Raises:
+        ValueError: DATASETS.TRAIN is empty or names an unknown dataset; a JSON is broken, not in COCO format, or its
+            categories are not as many as MODEL.ROI_HEADS.NUM_CLASSES or not those of the other datasets; no image
+            is left to train on; masks are missing, or not in the format that INPUT.MASK_FORMAT needs.
+        FileNotFoundError: a JSON, an image folder or an image does not exist.
+        OSError: the embedded dataset cannot be written.
+    """
+    names = cfg.DATASETS.TRAIN
+    if not names:
+        raise ValueError("DATASETS.TRAIN is empty; name at least one dataset to train on.")
+    records: list[Record] = []
+    for name in names:
+        loaded = _load(cfg, "DATASETS.TRAIN", name)
+        _check_annotations(cfg, name, loaded, training=True)
+        records += loaded
+    check_test_datasets(cfg)
+    _check_same_classes([*names, *cfg.DATASETS.TEST])
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        num_images = len(records)
+        records = filter_images_with_only_crowd_annotations(records)
+        if not records:
+            raise ValueError(
+                f"None of the {num_images} images of DATASETS.TRAIN = {tuple(names)} has annotations (crowds aside), "
+                "and DATALOADER.FILTER_EMPTY_ANNOTATIONS True leaves such images out, so nothing is left to train on. "
+                f"Check the 'annotations' of {', '.join(_source(name) for name in names)}."
+            )
+    print_instances_class_histogram(records, MetadataCatalog.get(names[0]).thing_classes)
+    return records
+
+
+def check_test_datasets(cfg: CfgNode) -> None:
+    """Checks the datasets of DATASETS.TEST as `load_checked_dicts` does, for a run that only evaluates.
+
+    Args:
+        cfg: config whose KARAT_DATA datasets are registered already.
+
+    Raises:
+        ValueError, FileNotFoundError, OSError: as `load_checked_dicts`.
+    """
+    for name in cfg.DATASETS.TEST:
+        _check_annotations(cfg, name, _load(cfg, "DATASETS.TEST", name), training=False)
+    _check_same_classes(cfg.DATASETS.TEST)
+
+
+def _load(cfg: CfgNode, key: str, name: str) -> list[Record]:
+    if name not in DatasetCatalog:
+        raise ValueError(_unknown(cfg, key, name))
+    metadata = MetadataCatalog.get(name)
+    try:
+        records = DatasetCatalog.get(name)
+    except FileNotFoundError as error:
+        if error.filename is None:
+            raise
+        raise FileNotFoundError(
+            f"{key} names the dataset {name!r}, but {os.path.abspath(error.filename)} does not exist. "
+            + _root_hint(cfg, name)
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{_source(name)} is not a JSON file: {error}. Write or download it anew.") from error
+    except AssertionError as error:
+        if "in the metadata of" not in str(error):
+            raise ValueError(f"{_source(name)} is not in COCO format: {error}") from error
+        raise ValueError(
+            f"{_source(name)} does not have the categories that belong to this name, which are "
+            f"{_shortened(metadata.thing_classes)}. For other categories, name the data by the KARAT_DATA keys."
+        ) from error
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{_source(name)} is not in COCO format: {type(error).__name__}: {error}") from error
+
+    if not records:
+        raise ValueError(f"{_source(name)} lists no images; {key} needs datasets that hold some.")
+    classes = metadata.get("thing_classes")
+    num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    if classes is None:
+        raise ValueError(f"{key} names {name!r}, which has no object classes; choose a detection dataset.")
+    if len(classes) != num_classes:
+        raise ValueError(
+            f"{_source(name)} has {len(classes)} categories ({_shortened(classes)}), but "
+            f"MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}. Set MODEL.ROI_HEADS.NUM_CLASSES to {len(classes)}, "
+            f"or choose another dataset in {key}."
+        )
+    _check_images_exist(cfg, key, name, records)
+    return records
+
+
+def _unknown(cfg: CfgNode, key: str, name: str) -> str:
+    own = ", ".join(cfg.KARAT_DATA.NAMES) or "none"
+    similar = difflib.get_close_matches(name, DatasetCatalog.list())
+    return (
+        f"{key} names {name!r}, but there is no such dataset."
+        + (f" Did you mean {' or '.join(similar)}?" if similar else "")
+        + f" Known are the datasets of KARAT_DATA.NAMES (now: {own}), digits_train and digits_val, and Detectron2's "
+        f"built-in ones, such as coco_2017_train and coco_2017_val. {_root_hint(cfg, name)}"
+    )
+
+
+def _root_hint(cfg: CfgNode, name: str) -> str:
+    if name in cfg.KARAT_DATA.NAMES:
+        return "Correct the KARAT_DATA keys."
+    root = os.environ.get("DETECTRON2_DATASETS")
+    now = f"it is {root!r} now" if root else "it is not set now, which means the folder 'datasets'"
+    return (
+        "Built-in datasets are looked for in the folder that the environment variable DETECTRON2_DATASETS names when "
+        f"the program starts; {now}. datasets/README.md shows the layout."
+    )
+
+
+def _source(name: str) -> str:
+    """What a user calls the dataset: its JSON, if it has one, and its name."""
+    json_file = MetadataCatalog.get(name).get("json_file")
+    return f"{json_file} (dataset {name!r})" if json_file else f"Dataset {name!r}"
+
+
+def _shortened(items: Sequence[str], at_most: int = 5) -> str:
+    return ", ".join(items[:at_most]) + (", …" if len(items) > at_most else "")
+
+
+def _check_images_exist(cfg: CfgNode, key: str, name: str, records: list[Record]) -> None:
+    # One listing of a folder instead of one look-up an image: on network storage the difference is minutes.
+    listings: dict[str, set[str]] = {}
+    missing = []
+    for record in records:
+        folder, file_name = os.path.split(record["file_name"])
+        if "://" in folder:
+            continue
+        if folder not in listings:
+            try:
+                listings[folder] = set(os.listdir(folder or "."))
+            except OSError as error:
+                raise FileNotFoundError(
+                    f"The image folder {os.path.abspath(folder)} of dataset {name!r} in {key} cannot be read: "
+                    f"{error.strerror}. {_root_hint(cfg, name)}"
+                ) from error
+        if file_name not in listings[folder]:
+            missing.append(record["file_name"])
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of the {len(records)} images of {_source(name)} do not exist: {_shortened(missing, 3)}. "
+            "Put them there, or take them out of the JSON."
+        )
+
+
+def _check_annotations(cfg: CfgNode, name: str, records: list[Record], training: bool) -> None:
+    without_box, without_mask, with_rle = [], [], []
+    for record in records:
+        for annotation in record.get("annotations", ()):
+            if training and annotation.get("iscrowd", 0):
+                continue
+            if "bbox" not in annotation:
+                without_box.append(record)
+            if "segmentation" not in annotation:
+                without_mask.append(record)
+            elif isinstance(annotation["segmentation"], dict):
+                with_rle.append(record)
+    if without_box:
+        raise ValueError(
+            f"{_source(name)} is not in COCO format: {len(without_box)} annotations have no 'bbox', the first of them "
+            f"in image {without_box[0]['file_name']}."
+        )
+    if not cfg.MODEL.MASK_ON:
+        return
+    if without_mask:
+        raise ValueError(
+            f"{_source(name)}: {len(without_mask)} annotations have no 'segmentation', the first of them in image "
+            f"{without_mask[0]['file_name']}, but MODEL.MASK_ON is True. "
+            "Set MODEL.MASK_ON False to find boxes only, or add the masks."
+        )
+    if training and with_rle and cfg.INPUT.MASK_FORMAT == "polygon":
+        raise ValueError(
+            f"{_source(name)}: {len(with_rle)} annotations have run-length encoded masks, the first of them in image "
+            f"{with_rle[0]['file_name']}, but INPUT.MASK_FORMAT is 'polygon'. Set INPUT.MASK_FORMAT bitmask."
+        )
+
+
+def _check_same_classes(names: Sequence[str]) -> None:
+    for name in names[1:]:
+        first, classes = (list(MetadataCatalog.get(each).thing_classes) for each in (names[0], name))
+        if classes != first:
+            index = next(i for i, (one, other) in enumerate(zip(first, classes, strict=True)) if one != other)
+            raise ValueError(
+                f"The classes of {_source(name)} are not those of {_source(names[0])}: the one at place {index} is "
+                f"{classes[index]!r} here and {first[index]!r} there. All datasets of DATASETS.TRAIN and DATASETS.TEST "
+                "must have the same categories, in the same order of ids."
+            )

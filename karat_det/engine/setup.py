@@ -1,0 +1,150 @@
+"""From a command line to a checked config and running processes, before anything is built."""
+
+import difflib
+import logging
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import yaml
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import launch
+from detectron2.utils import comm
+
+from ..config import add_karat_config
+from ..data.registration import register_from_config
+from .optimizer import FULL_MODEL
+
+logger = logging.getLogger(__name__)
+
+
+def load_cfg(config_file: str, opts: list[str]) -> CfgNode:
+    """Reads a YAML config and the overrides behind it, checks both, and registers the datasets of KARAT_DATA.
+
+    Args:
+        config_file: path of a YAML file, or "" for the defaults.
+        opts: keys and values in turn, as on Detectron2's command lines.
+
+    Returns:
+        The config, frozen. MODEL.DEVICE is "cpu" where there is no GPU.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a key is unknown or its value is not allowed.
+    """
+    cfg = get_cfg()
+    add_karat_config(cfg)
+    known = list(_keys(cfg))
+    if config_file:
+        if not os.path.isfile(config_file):
+            raise FileNotFoundError(f"--config-file {config_file}: there is no such file.")
+        try:
+            cfg.merge_from_file(config_file)
+        except KeyError as error:
+            key = str(error.args[0]).rpartition(" ")[2]
+            raise ValueError(f"{config_file}: {_unknown(key, known)}") from None
+        except (yaml.YAMLError, AssertionError, ValueError) as error:
+            raise ValueError(f"{config_file} is no config that can be read: {error}") from None
+    if len(opts) % 2:
+        raise ValueError(f"Overrides are pairs KEY VALUE; these are {len(opts)} words: {' '.join(opts)}")
+    for key in opts[::2]:
+        if key not in known:
+            raise ValueError(_unknown(key, known))
+    try:
+        cfg.merge_from_list(opts)
+    except (AssertionError, ValueError) as error:
+        raise ValueError(f"An override does not fit its key: {error}") from None
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    # More workers than cores only make torch warn.
+    cfg.DATALOADER.NUM_WORKERS = min(cfg.DATALOADER.NUM_WORKERS, len(os.sched_getaffinity(0)))
+    _check(cfg)
+    register_from_config(cfg)
+    cfg.freeze()
+    return cfg
+
+
+def check_output_dir(output_dir: str) -> None:
+    """Raises ValueError if a folder already holds checkpoints, which a new run would overwrite."""
+    if not os.path.isdir(output_dir):
+        return
+    checkpoints = sorted(name for name in os.listdir(output_dir) if name.endswith(".pth") or name == "last_checkpoint")
+    if checkpoints:
+        raise ValueError(
+            f"OUTPUT_DIR is {output_dir!r}, which holds a run's checkpoints ({', '.join(checkpoints[:3])}"
+            f"{', …' if len(checkpoints) > 3 else ''}). Add --resume to go on with that run, or name another "
+            "OUTPUT_DIR."
+        )
+
+
+def run_distributed(main: Callable[..., Any], args: Any) -> None:
+    """Calls `main(args)` in as many processes as the command line or torchrun asks for.
+
+    Under torchrun the processes are there already and join by nccl, or by gloo without a GPU. Else Detectron2's
+    `launch` starts one for each of --num-gpus. Without a GPU, or with --num-gpus 0, it is one process on the CPU.
+
+    Args:
+        main: the work of one process.
+        args: the arguments of Detectron2's `default_argument_parser`.
+
+    Raises:
+        ValueError: more GPUs are asked for than there are.
+    """
+    has_gpu = torch.cuda.is_available()
+    if "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        if has_gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("nccl" if has_gpu else "gloo", timeout=timedelta(minutes=30))
+        comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+        try:
+            main(args)
+        finally:
+            torch.distributed.destroy_process_group()
+        return
+    if not has_gpu or args.num_gpus == 0:
+        if args.num_machines > 1:
+            raise ValueError(f"--num-machines is {args.num_machines}: several machines without GPUs need torchrun.")
+        main(args)
+        return
+    if args.num_gpus > torch.cuda.device_count():
+        raise ValueError(f"--num-gpus is {args.num_gpus}, but this machine has {torch.cuda.device_count()}.")
+    launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
+
+
+def _check(cfg: CfgNode) -> None:
+    """Checks the keys that no builder checks before hours have passed."""
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    for key, value, allowed in (
+        ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", clip.CLIP_TYPE, (FULL_MODEL, "norm", "value")),
+        ("SOLVER.LR_SCHEDULER_NAME", cfg.SOLVER.LR_SCHEDULER_NAME, ("WarmupMultiStepLR", "WarmupCosineLR")),
+        ("INPUT.MASK_FORMAT", cfg.INPUT.MASK_FORMAT, ("polygon", "bitmask")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{key} is {value!r}, which is unknown. Known: {', '.join(allowed)}.")
+    for key in ("MAX_ITER", "IMS_PER_BATCH", "CHECKPOINT_PERIOD"):
+        if cfg.SOLVER[key] < 1:
+            raise ValueError(f"SOLVER.{key} is {cfg.SOLVER[key]}. It must be at least 1.")
+    if not 0 < cfg.SOLVER.LAYER_DECAY <= 1:
+        raise ValueError(f"SOLVER.LAYER_DECAY is {cfg.SOLVER.LAYER_DECAY}. It must be above 0 and at most 1.")
+    tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
+    metrics = [f"{task}/{metric}" for task in tasks for metric in ("AP", "AP50", "AP75", "APs", "APm", "APl")]
+    if cfg.TEST.BEST_METRIC not in metrics:
+        raise ValueError(
+            f"TEST.BEST_METRIC is {cfg.TEST.BEST_METRIC!r}. With MODEL.MASK_ON {cfg.MODEL.MASK_ON} it must be one of "
+            f"{', '.join(metrics)}."
+        )
+
+
+def _keys(cfg: CfgNode, prefix: str = ""):
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            yield from _keys(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+def _unknown(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.8)
+    return f"There is no key {key}." + (f" Did you mean {' or '.join(near)}?" if near else "")

@@ -1,0 +1,116 @@
+import ast
+import copy
+from pathlib import Path
+
+import pytest
+import timm.layers
+import torch
+from detectron2.modeling.backbone.utils import add_decomposed_rel_pos
+from detectron2.modeling.backbone.vit import Attention as Detectron2Attention
+
+import karat_det.attention
+from karat_det.attention import KArAtAttention, KArAtConfig, KArAtOperator
+from karat_det.attention.module import decomposed_rel_pos
+
+# Softmax plus nothing: with it the module must equal the softmax one that it stands in for.
+SOFTMAX = KArAtConfig(rank=2, residual="softmax")
+
+
+def test_attention_imports_torch_and_nothing_else():
+    allowed = {"torch", "dataclasses", "re", "math"}
+    for path in Path(karat_det.attention.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                assert {alias.name.split(".")[0] for alias in node.names} <= allowed, path
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 1 or node.module.split(".")[0] in allowed, path
+
+
+@pytest.mark.parametrize("use_rel_pos", [False, True])
+def test_equals_detectron2s_attention_with_its_weights(use_rel_pos):
+    torch.manual_seed(0)
+    theirs = Detectron2Attention(24, num_heads=3, use_rel_pos=use_rel_pos, rel_pos_zero_init=False, input_size=(3, 5))
+    ours = KArAtAttention(24, 3, 15, SOFTMAX, use_rel_pos=use_rel_pos, input_size=(3, 5))
+    incompatible = ours.load_state_dict(theirs.state_dict(), strict=False)
+    assert not incompatible.unexpected_keys
+    assert incompatible.missing_keys == ["operator.coefficients", "operator.projector"]
+    x = torch.randn(2, 3, 5, 24)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_equals_timms_attention_in_a_timm_block():
+    torch.manual_seed(1)
+    block = timm.models.vision_transformer.Block(24, num_heads=3, qkv_bias=True)
+    x = torch.randn(2, 17, 24)
+    expected = block(x)
+    replacement = KArAtAttention(24, 3, 17, SOFTMAX)
+    replacement.load_state_dict(block.attn.state_dict(), strict=False)
+    block.attn = replacement
+    torch.testing.assert_close(block(x), expected)
+    mask = torch.randn(2, 1, 17, 17)
+    plain = timm.layers.Attention(24, num_heads=3, qkv_bias=True)
+    replacement.load_state_dict(plain.state_dict(), strict=False)
+    torch.testing.assert_close(replacement(x, attn_mask=mask), plain(x, attn_mask=mask))
+
+
+def test_what_softmax_alone_can_do_is_refused():
+    attention = KArAtAttention(8, 2, 4, KArAtConfig(rank=2))
+    with pytest.raises(ValueError, match="is_causal and boolean masks"):
+        attention(torch.zeros(1, 4, 8), is_causal=True)
+    with pytest.raises(ValueError, match="is_causal and boolean masks"):
+        attention(torch.zeros(1, 4, 8), attn_mask=torch.ones(4, 4, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (2, 7), (5, 1)])
+def test_relative_positions_equal_detectron2s(grid):
+    torch.manual_seed(2)
+    num_tokens = grid[0] * grid[1]
+    query = torch.randn(2, 3, num_tokens, 6)
+    # Detectron2 resizes tables unless both sides of the grid are as long: its expected length is 2 · side − 1.
+    rel_pos_h, rel_pos_w = torch.randn(2 * grid[0] - 1, 6), torch.randn(2 * grid[1] - 1, 6)
+    zeros = torch.zeros(6, num_tokens, num_tokens)
+    expected = add_decomposed_rel_pos(zeros, query.reshape(6, num_tokens, 6), rel_pos_h, rel_pos_w, grid, grid)
+    torch.testing.assert_close(
+        decomposed_rel_pos(query, rel_pos_h, rel_pos_w), expected.reshape(2, 3, num_tokens, num_tokens)
+    )
+
+
+def test_relative_positions_learn():
+    attention = KArAtAttention(8, 2, 6, KArAtConfig(rank=2), use_rel_pos=True, input_size=(2, 3))
+    attention(torch.randn(1, 2, 3, 8)).square().sum().backward()
+    assert attention.rel_pos_h.grad.abs().sum() > 0
+    assert attention.rel_pos_w.grad.abs().sum() > 0
+
+
+def test_shared_operator_is_one_module_registered_by_its_owner_alone():
+    owner = torch.nn.Module()
+    owner.operator = KArAtOperator(2, 4, KArAtConfig(rank=2))
+    owner.blocks = torch.nn.ModuleList(
+        KArAtAttention(8, 2, 4, KArAtConfig(rank=2), operator=owner.operator) for _ in range(3)
+    )
+    assert all(block.operator is owner.operator for block in owner.blocks)
+    assert [key for key in owner.state_dict() if "coefficients" in key] == ["operator.coefficients"]
+    assert sum("projector" in name for name, _ in owner.named_parameters(remove_duplicate=False)) == 1
+    twin = copy.deepcopy(owner)
+    assert all(block.operator is twin.operator for block in twin.blocks)
+    assert twin.operator is not owner.operator
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="num_heads is 3, which does not divide dim, 8"):
+        KArAtAttention(8, 3, 4, KArAtConfig(rank=2))
+    with pytest.raises(ValueError, match=r"input_size is \(2, 3\)"):
+        KArAtAttention(8, 2, 4, KArAtConfig(rank=2), use_rel_pos=True, input_size=(2, 3))
+    with pytest.raises(ValueError, match="must have the same of both"):
+        KArAtAttention(8, 2, 4, KArAtConfig(rank=2), operator=KArAtOperator(2, 9, KArAtConfig(rank=2)))
+    with pytest.raises(ValueError, match="N = 4 tokens and got 9"):
+        KArAtAttention(8, 2, 4, KArAtConfig(rank=2))(torch.zeros(1, 9, 8))
+
+
+def test_attention_compiles_without_a_graph_break_to_the_same_outputs():
+    torch.manual_seed(3)
+    attention = KArAtAttention(8, 2, 6, KArAtConfig(rank=2), use_rel_pos=True, input_size=(2, 3))
+    x = torch.randn(1, 2, 3, 8)
+    # The eager backend traces as the compiler does, and needs no compiler.
+    compiled = torch.compile(attention, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), attention(x))

@@ -1,0 +1,116 @@
+import logging
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from karat_det.checkpoint.loading import SafeCheckpointer, load_weights
+
+
+def make_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
+
+
+def save(path, state):
+    torch.save(state, path)
+    return str(path)
+
+
+@pytest.mark.parametrize("layout", ["bare", "model", "ddp"])
+def test_loads_a_state_dict_bare_under_model_or_of_ddp(tmp_path, layout, caplog):
+    source, target = make_model(), make_model()
+    nn.init.normal_(source[0].weight)
+    state = source.state_dict()
+    if layout == "ddp":
+        state = {f"module.{key}": value for key, value in state.items()}
+    with caplog.at_level(logging.INFO):
+        load_weights(target, save(tmp_path / "w.pth", state if layout == "bare" else {"model": state}))
+    assert torch.equal(target[0].weight, source[0].weight)
+    assert "Loaded 4 of the file's 4 tensors:\n  0.{weight, bias}\n  1.{weight, bias}" in caplog.text
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(FileNotFoundError, match=r"MODEL.WEIGHTS is 'nowhere/w.pth'"):
+        load_weights(make_model(), "nowhere/w.pth")
+
+
+def test_misfits_and_unknown_keys_stop_and_are_listed(tmp_path):
+    state = make_model().state_dict()
+    state["0.weight"] = torch.zeros(5, 4)
+    state["head.bias"] = torch.zeros(2)
+    path = save(tmp_path / "w.pth", state)
+    with pytest.raises(ValueError) as caught:
+        load_weights(make_model(), path)
+    message = str(caught.value)
+    assert "0.weight: (5, 4) in the file, (3, 4) in the model" in message
+    assert "1 tensors have no place in the model:\n  head.{bias}" in message
+    assert "MODEL.WEIGHTS_STRICT False" in message
+
+
+def test_not_strict_loads_what_fits_and_says_what_not(tmp_path, caplog):
+    source = make_model()
+    nn.init.normal_(source[1].weight)
+    state = source.state_dict()
+    state["0.weight"] = torch.zeros(5, 4)
+    target = make_model()
+    before = target[0].weight.clone()
+    with caplog.at_level(logging.INFO):
+        load_weights(target, save(tmp_path / "w.pth", state), strict=False)
+    assert torch.equal(target[1].weight, source[1].weight)
+    assert torch.equal(target[0].weight, before)
+    assert "Left out, since MODEL.WEIGHTS_STRICT is False: 1 tensors have another shape" in caplog.text
+
+
+def test_a_file_without_some_tensors_serves_a_start_but_not_an_evaluation(tmp_path, caplog):
+    state = make_model().state_dict()
+    del state["1.weight"]
+    path = save(tmp_path / "w.pth", state)
+    with pytest.raises(ValueError, match=r"The file lacks 1 tensors of the model:\n  1.{weight}"):
+        load_weights(make_model(), path, complete=True)
+    with caplog.at_level(logging.INFO):
+        load_weights(make_model(), path, complete=False)
+    assert "Not in the file, left at their initialisation: 1 tensors\n  1.{weight}" in caplog.text
+
+
+def test_a_file_of_which_nothing_fits_stops_even_when_not_strict(tmp_path):
+    path = save(tmp_path / "w.pth", {"encoder.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match="No tensor of the file has a name and shape of the model's"):
+        load_weights(make_model(), path, strict=False, complete=False)
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch hacked",)
+
+
+@pytest.mark.parametrize("content", ["code", "text", "truncated", "list", "empty"])
+def test_foreign_files_are_named_and_run_no_code(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "w.pth"
+    if content == "code":
+        torch.save({"model": Malicious()}, path)
+    elif content == "list":
+        torch.save([torch.zeros(1)], path)
+    else:
+        torch.save(make_model().state_dict(), path)
+        whole = path.read_bytes()
+        path.write_bytes({"text": b"not weights", "truncated": whole[: len(whole) // 2], "empty": b""}[content])
+    with pytest.raises(ValueError, match=r"w\.pth"):
+        load_weights(make_model(), str(path))
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_resuming_needs_every_tensor(tmp_path):
+    model = make_model()
+    SafeCheckpointer(model, str(tmp_path)).save("model_0000001")
+    bigger = nn.Sequential(*model, nn.Linear(3, 2))
+    with pytest.raises(ValueError, match="The file lacks 2 tensors"):
+        SafeCheckpointer(bigger, str(tmp_path), strict=False).resume_or_load("", resume=True)
+
+
+def test_no_weights_is_said(caplog):
+    with caplog.at_level(logging.INFO):
+        SafeCheckpointer(make_model()).resume_or_load("", resume=False)
+    assert "training starts from random weights" in caplog.text

@@ -1,0 +1,309 @@
+"""Your own data by config, and the errors that bad data meets before a model is built."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pycocotools.mask as mask_util
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+
+from karat_det.data.registration import check_test_datasets, load_checked_dicts, register_from_config
+
+pytestmark = pytest.mark.usefixtures("catalogs")
+
+
+@pytest.fixture
+def own_cfg(cfg, own, name_data):
+    """A config that trains and tests on the own data, which is registered when the dataset is loaded."""
+    name_data(cfg, my_train=own)
+    cfg.DATASETS.TRAIN = ("my_train",)
+    cfg.DATASETS.TEST = ("my_train",)
+    return cfg
+
+
+def load(cfg):
+    register_from_config(cfg)
+    return load_checked_dicts(cfg)
+
+
+def test_own_data_is_registered_with_the_class_names_of_its_json(own_cfg):
+    register_from_config(own_cfg)
+    metadata = MetadataCatalog.get("my_train")
+    assert metadata.thing_classes == ["cat", "dog"]
+    assert metadata.evaluator_type == "coco"
+    records = DatasetCatalog.get("my_train")
+    assert [[a["category_id"] for a in record["annotations"]] for record in records] == [[0], [1], []]
+
+
+def test_registering_the_same_again_is_harmless_and_other_files_replace_it(own_cfg, make_own, name_data):
+    register_from_config(own_cfg)
+    load_checked_dicts(own_cfg)
+    register_from_config(own_cfg)
+    assert MetadataCatalog.get("my_train").thing_dataset_id_to_contiguous_id == {7: 0, 14: 1}
+
+    other = make_own("other", ["bird", "fish", "frog"])
+    name_data(own_cfg, my_train=other)
+    register_from_config(own_cfg)
+    assert MetadataCatalog.get("my_train").thing_classes == ["bird", "fish", "frog"]
+    assert DatasetCatalog.get("my_train")[0]["file_name"].startswith(str(other.image_dir))
+
+
+@pytest.mark.parametrize("key", ["NAMES", "JSONS", "IMAGE_DIRS"])
+def test_lists_of_unequal_length_are_an_error(own_cfg, key):
+    own_cfg.KARAT_DATA[key] = []
+    with pytest.raises(ValueError, match=r"KARAT_DATA\.NAMES, .* one entry for each dataset"):
+        register_from_config(own_cfg)
+
+
+def test_name_given_twice_is_an_error(own_cfg):
+    for key in ("NAMES", "JSONS", "IMAGE_DIRS"):
+        own_cfg.KARAT_DATA[key] = own_cfg.KARAT_DATA[key] * 2
+    with pytest.raises(ValueError, match=r"KARAT_DATA\.NAMES holds 'my_train' twice"):
+        register_from_config(own_cfg)
+
+
+@pytest.mark.parametrize("name", ["coco_2017_train", "digits_val"])
+def test_name_of_a_built_in_dataset_is_an_error(own_cfg, name):
+    own_cfg.KARAT_DATA.NAMES = [name]
+    with pytest.raises(ValueError, match=rf"KARAT_DATA\.NAMES\[0\] is '{name}'.*built-in"):
+        register_from_config(own_cfg)
+
+
+def test_empty_name_is_an_error(own_cfg):
+    own_cfg.KARAT_DATA.NAMES = [""]
+    with pytest.raises(ValueError, match=r"KARAT_DATA\.NAMES\[0\] is ''"):
+        register_from_config(own_cfg)
+
+
+@pytest.mark.parametrize("key, kind", [("JSONS", "file"), ("IMAGE_DIRS", "folder")])
+def test_missing_path_is_named_with_its_key(own_cfg, key, kind):
+    own_cfg.KARAT_DATA[key] = ["nowhere/at_all"]
+    with pytest.raises(FileNotFoundError, match=rf"KARAT_DATA\.{key}\[0\] is 'nowhere/at_all'.*no such {kind}"):
+        register_from_config(own_cfg)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"images": [', "is not a JSON file"),
+        ("[]", "not in COCO format"),
+        ("{}", "not in COCO format"),
+        ('{"categories": [{"name": "cat"}]}', "not in COCO format"),
+        ('{"categories": []}', "has no categories"),
+    ],
+)
+def test_json_without_readable_categories_is_named(own_cfg, own, text, message):
+    own.json_file.write_text(text)
+    with pytest.raises(ValueError, match=rf"KARAT_DATA\.JSONS\[0\], .*annotations\.json, .*{message}"):
+        register_from_config(own_cfg)
+
+
+def test_images_without_annotations_are_kept_or_filtered_as_configured(own_cfg, own):
+    register_from_config(own_cfg)
+    own_cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = True
+    assert [record["image_id"] for record in load_checked_dicts(own_cfg)] == [1, 2]
+    own_cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+    assert [record["image_id"] for record in load_checked_dicts(own_cfg)] == [1, 2, 3]
+
+
+def test_records_of_several_training_datasets_follow_one_another(own_cfg, own, make_own, name_data):
+    name_data(own_cfg, my_train=own, more=make_own("more", ["cat", "dog"]))
+    own_cfg.DATASETS.TRAIN = ("my_train", "more")
+    folders = [Path(record["file_name"]).parents[1].name for record in load(own_cfg)]
+    assert folders == ["own", "own", "more", "more"]
+
+
+def test_images_with_crowds_only_count_as_empty(own_cfg, own):
+    own.content["annotations"][0]["iscrowd"] = 1
+    own.write()
+    assert [record["image_id"] for record in load(own_cfg)] == [2]
+
+
+@pytest.mark.parametrize("crowds", [False, True])
+def test_nothing_left_to_train_on_is_an_error(own_cfg, own, crowds):
+    if crowds:
+        for annotation in own.content["annotations"]:
+            annotation["iscrowd"] = 1
+    else:
+        own.content["annotations"] = []
+    own.write()
+    with pytest.raises(ValueError, match=r"None of the 3 images.*FILTER_EMPTY_ANNOTATIONS.*annotations\.json"):
+        load(own_cfg)
+    own_cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+    assert len(load_checked_dicts(own_cfg)) == 3
+
+
+def test_no_training_dataset_is_an_error(own_cfg):
+    own_cfg.DATASETS.TRAIN = ()
+    with pytest.raises(ValueError, match=r"DATASETS\.TRAIN is empty"):
+        load(own_cfg)
+
+
+def test_json_without_images_is_an_error(own_cfg, own):
+    own.content["images"] = own.content["annotations"] = []
+    own.write()
+    with pytest.raises(ValueError, match=r"annotations\.json.*lists no images"):
+        load(own_cfg)
+
+
+@pytest.mark.parametrize("key", ["TRAIN", "TEST"])
+def test_unknown_dataset_is_named_with_the_known_ones(own_cfg, key, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", "/some/where")
+    own_cfg.DATASETS[key] = ("my_trian",)
+    with pytest.raises(ValueError, match=rf"DATASETS\.{key} names 'my_trian'.*mean my_train.*coco_2017.*/some/where"):
+        load(own_cfg)
+
+
+def test_missing_built_in_dataset_is_named_with_its_root(cfg, monkeypatch):
+    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
+    register_coco_instances("built_in", {}, "nowhere/instances.json", "nowhere")
+    cfg.DATASETS.TRAIN = ("built_in",)
+    with pytest.raises(FileNotFoundError, match=r"'built_in'.*nowhere/instances\.json.*DETECTRON2_DATASETS.*not set"):
+        load(cfg)
+
+
+@pytest.mark.parametrize("key", ["TRAIN", "TEST"])
+def test_number_of_categories_must_be_num_classes(own_cfg, own, make_own, name_data, key):
+    name_data(own_cfg, my_train=own, other=make_own("other", ["a", "b", "c"]))
+    own_cfg.DATASETS[key] = ("other",)
+    with pytest.raises(ValueError, match=r"other/annotations\.json.*3 categories \(a, b, c\).*NUM_CLASSES is 2.*to 3"):
+        load(own_cfg)
+
+
+def test_train_and_test_must_have_the_same_classes(own_cfg, own, make_own, name_data):
+    name_data(own_cfg, my_train=own, my_val=make_own("other", ["cat", "cow"]))
+    own_cfg.DATASETS.TEST = ("my_val",)
+    with pytest.raises(ValueError, match=r"'my_val'.*'my_train'.*place 1 is 'cow' here and 'dog' there"):
+        load(own_cfg)
+
+
+def test_built_in_name_with_other_categories_is_an_error(own_cfg, own):
+    register_coco_instances("built_in", {"thing_classes": ["x", "y"]}, str(own.json_file), str(own.image_dir))
+    own_cfg.DATASETS.TRAIN = ("built_in",)
+    with pytest.raises(ValueError, match=r"annotations\.json.*categories that belong to this name.*x, y.*KARAT_DATA"):
+        load(own_cfg)
+
+
+def test_missing_images_are_counted_and_named(own_cfg, own):
+    (own.image_dir / "2.png").unlink()
+    (own.image_dir / "3.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"2 of the 3 images.*images/2\.png.*images/3\.png"):
+        load(own_cfg)
+
+
+def test_missing_subfolder_of_images_is_named(own_cfg, own):
+    own.content["images"][0]["file_name"] = "deeper/1.png"
+    own.write()
+    with pytest.raises(FileNotFoundError, match=r"images/deeper"):
+        load(own_cfg)
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda content: content["images"][0].pop("height"), "not in COCO format.*height"),
+        (lambda content: content["annotations"][0].update(category_id=99), "not in COCO format.*99"),
+        (lambda content: content["annotations"][0].update(bbox=[]), "not in COCO format.*bbox"),
+        (lambda content: content["annotations"][0].pop("bbox"), "not in COCO format.*'bbox'.*1.png"),
+        (lambda content: content["annotations"][1].update(id=1), "not in COCO format.*not unique"),
+        (lambda content: content.update(annotations=[3]), "not in COCO format"),
+        (lambda content: content.update(images=3), "not in COCO format"),
+    ],
+)
+def test_json_that_is_not_in_coco_format_is_named(own_cfg, own, spoil, message):
+    spoil(own.content)
+    own.write()
+    with pytest.raises(ValueError, match=rf"(?s)annotations\.json.*{message}"):
+        load(own_cfg)
+
+
+def test_json_that_breaks_later_is_named(own_cfg, own):
+    register_from_config(own_cfg)
+    own.json_file.write_text("{")
+    with pytest.raises(ValueError, match=r"annotations\.json.*is not a JSON file"):
+        load_checked_dicts(own_cfg)
+
+
+def run_length_encoded():
+    rle = mask_util.frPyObjects([[5, 6, 25, 6, 25, 16, 5, 16]], 30, 40)[0]
+    return {"size": rle["size"], "counts": rle["counts"].decode()}
+
+
+def test_run_length_encoded_masks_need_the_bitmask_format(own_cfg, own):
+    own.content["annotations"][1]["segmentation"] = run_length_encoded()
+    own.write()
+    with pytest.raises(ValueError, match=r"1 annotations.*run-length.*2\.png.*INPUT\.MASK_FORMAT bitmask"):
+        load(own_cfg)
+    own_cfg.INPUT.MASK_FORMAT = "bitmask"
+    assert len(load_checked_dicts(own_cfg)) == 2
+
+
+def test_run_length_encoded_crowds_are_no_obstacle(own_cfg, own):
+    own.content["annotations"][1].update(segmentation=run_length_encoded(), iscrowd=1)
+    own.write()
+    assert len(load(own_cfg)) == 1
+
+
+def test_annotation_without_mask_needs_mask_on_false(own_cfg, own):
+    del own.content["annotations"][0]["segmentation"]
+    own.write()
+    with pytest.raises(ValueError, match=r"1 annotations have no 'segmentation'.*1\.png.*MODEL\.MASK_ON False"):
+        load(own_cfg)
+    own_cfg.MODEL.MASK_ON = False
+    assert len(load_checked_dicts(own_cfg)) == 2
+
+
+def test_run_that_only_evaluates_needs_no_training_data(own_cfg):
+    own_cfg.DATASETS.TRAIN = ("coco_2017_train",)
+    register_from_config(own_cfg)
+    check_test_datasets(own_cfg)
+
+
+def test_test_set_without_annotations_is_allowed(own_cfg, own, make_own, name_data):
+    unlabelled = make_own("unlabelled", ["cat", "dog"])
+    unlabelled.content["annotations"] = []
+    unlabelled.write()
+    name_data(own_cfg, my_train=own, my_test=unlabelled)
+    own_cfg.DATASETS.TEST = ("my_test",)
+    assert len(load(own_cfg)) == 2
+
+
+def test_each_training_json_is_loaded_once(own_cfg, make_own, name_data, own, monkeypatch):
+    name_data(own_cfg, my_train=own, my_val=make_own("val", ["cat", "dog"]))
+    own_cfg.DATASETS.TEST = ("my_val",)
+    register_from_config(own_cfg)
+    loads = []
+    for name in ("my_train", "my_val"):
+        loader = DatasetCatalog[name]
+        DatasetCatalog[name] = lambda name=name, loader=loader: loads.append(name) or loader()
+    load_checked_dicts(own_cfg)
+    assert loads == ["my_train", "my_val"]
+
+
+def test_coco_tiny_loads_by_coco_names_where_it_is_given():
+    root = os.environ.get("KARAT_COCO_TINY")
+    if not root:
+        pytest.skip("KARAT_COCO_TINY does not name the folder that holds coco/, a small subset of COCO")
+    # Detectron2 reads the variable when it is imported, so this takes a process of its own.
+    code = (
+        "import json, karat_det\n"
+        "from detectron2.config import get_cfg\n"
+        "from karat_det.data.registration import load_checked_dicts\n"
+        "cfg = get_cfg(); karat_det.add_karat_config(cfg)\n"
+        "cfg.DATASETS.TRAIN = ('coco_2017_train',); cfg.DATASETS.TEST = ('coco_2017_val',)\n"
+        "cfg.MODEL.MASK_ON = True\n"
+        "records = load_checked_dicts(cfg)\n"
+        "print(json.dumps([len(records), sum(len(r['annotations']) for r in records)]))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "DETECTRON2_DATASETS": root},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(result.stdout.splitlines()[-1]) == [80, 705]

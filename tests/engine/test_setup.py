@@ -1,0 +1,112 @@
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import CfgNode
+
+from karat_det.config import add_karat_config
+from karat_det.engine.setup import check_output_dir, load_cfg, run_distributed
+
+ALL_CONFIGS = sorted(Path(__file__).parents[2].joinpath("configs").rglob("*.yaml"))
+PAPER = {
+    "softmax": (False, None),
+    "g1b": (True, "blockwise"),
+    "g1u": (True, "universal"),
+}
+
+
+@pytest.mark.parametrize("path", ALL_CONFIGS, ids=lambda path: path.stem)
+def test_every_config_loads_and_is_frozen(path):
+    cfg = load_cfg(str(path), [])
+    assert cfg.is_frozen()
+    assert cfg.MODEL.DEVICE == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("start", ["random", "imagenet"])
+@pytest.mark.parametrize("variant", PAPER)
+def test_the_six_rows_of_the_papers_detection_table(configs, variant, start):
+    cfg = load_cfg(str(configs / "paper" / f"vitdet_b_{variant}_{start}.yaml"), [])
+    enabled, sharing = PAPER[variant]
+    assert enabled == cfg.MODEL.KARAT.ENABLED
+    if enabled:
+        assert (cfg.MODEL.KARAT.SHARING, cfg.MODEL.KARAT.GRID_SIZE, cfg.MODEL.KARAT.INIT) == (sharing, 1, "paper")
+        assert (cfg.MODEL.KARAT.RANK, cfg.MODEL.KARAT.BASE_FUNCTION) == (12, "zero")
+    assert bool(cfg.MODEL.WEIGHTS) == (start == "imagenet")
+    vit, solver, rpn = cfg.MODEL.VIT, cfg.SOLVER, cfg.MODEL.RPN
+    assert (vit.IMG_SIZE, vit.PATCH_SIZE, vit.WINDOW_SIZE, vit.EMBED_DIM, vit.DEPTH) == (224, 16, 14, 768, 12)
+    assert vit.WINDOW_BLOCKS == [0, 1, 3, 4, 6, 7, 9, 10]
+    assert (solver.IMS_PER_BATCH, solver.MAX_ITER, solver.BASE_LR, solver.WEIGHT_DECAY) == (32, 184375, 1e-4, 0.1)
+    assert solver.STEPS == (round(0.88889 * 184375), round(0.96296 * 184375))
+    assert (rpn.PRE_NMS_TOPK_TRAIN, rpn.PRE_NMS_TOPK_TEST) == (12000, 6000)
+    assert (rpn.POST_NMS_TOPK_TRAIN, rpn.POST_NMS_TOPK_TEST) == (2000, 1000)
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (["MODEL.KARAT.GRIDSIZE", "3"], "There is no key MODEL.KARAT.GRIDSIZE. Did you mean MODEL.KARAT.GRID_SIZE"),
+        (["MODEL.KARAT", "3"], "There is no key MODEL.KARAT"),
+        (["SOLVER.MAX_ITER"], "pairs KEY VALUE; these are 1 words"),
+        (["SOLVER.MAX_ITER", "many"], "SOLVER.MAX_ITER"),
+        (["SOLVER.MAX_ITER", "0"], "SOLVER.MAX_ITER is 0. It must be at least 1"),
+        (["SOLVER.LAYER_DECAY", "1.5"], "SOLVER.LAYER_DECAY is 1.5"),
+        (["SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "sum"], "CLIP_TYPE is 'sum'.*full_model, norm, value"),
+        (["SOLVER.LR_SCHEDULER_NAME", "Cosine"], "SOLVER.LR_SCHEDULER_NAME is 'Cosine'.*WarmupCosineLR"),
+        (["TEST.BEST_METRIC", "segm/mAP"], "TEST.BEST_METRIC is 'segm/mAP'.*segm/AP"),
+        (["MODEL.MASK_ON", "False"], "TEST.BEST_METRIC is 'segm/AP'. With MODEL.MASK_ON False"),
+    ],
+)
+def test_overrides_that_do_not_fit_are_named(configs, opts, message):
+    with pytest.raises(ValueError, match=message):
+        load_cfg(str(configs / "quickstart.yaml"), opts)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("MODEL:\n  KARAT:\n    RNAK: 3\n", "There is no key MODEL.KARAT.RNAK. Did you mean MODEL.KARAT.RANK"),
+        ("MODEL: [", "is no config that can be read"),
+        ("SOLVER:\n  MAX_ITER: many\n", "SOLVER.MAX_ITER"),
+    ],
+)
+def test_a_config_file_that_does_not_fit_is_named(tmp_path, text, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_cfg(str(path), [])
+    assert "mine.yaml" in str(caught.value)
+
+
+def test_a_missing_config_file_is_named():
+    with pytest.raises(FileNotFoundError, match=r"--config-file nowhere\.yaml"):
+        load_cfg("nowhere.yaml", [])
+
+
+def test_an_output_folder_with_checkpoints_is_refused(tmp_path):
+    check_output_dir(str(tmp_path / "new"))
+    check_output_dir(str(tmp_path))
+    (tmp_path / "model_0000399.pth").touch()
+    with pytest.raises(ValueError, match=r"model_0000399.pth.*--resume.*another OUTPUT_DIR"):
+        check_output_dir(str(tmp_path))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_without_a_gpu_any_number_of_gpus_is_one_process_on_the_cpu(monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    calls = []
+    run_distributed(calls.append, argparse.Namespace(num_gpus=8, num_machines=1))
+    assert len(calls) == 1
+    with pytest.raises(ValueError, match="--num-machines is 2.*torchrun"):
+        run_distributed(calls.append, argparse.Namespace(num_gpus=1, num_machines=2))
+
+
+def test_every_key_is_explained():
+    """Each line that adds a key follows a comment, or another key of the same comment."""
+    source = Path(add_karat_config.__code__.co_filename).read_text().splitlines()
+    for number, line in enumerate(source):
+        if line.strip().startswith("cfg.") and "CN()" not in line:
+            assert source[number - 1].strip().startswith(("#", "cfg.")), line
+    cfg = CfgNode({"MODEL": {}, "SOLVER": {}, "INPUT": {}, "TEST": {}})
+    add_karat_config(cfg)
+    assert set(cfg.MODEL) == {"KARAT", "VIT", "WEIGHTS_STRICT"}

@@ -1,0 +1,323 @@
+"""karat_det.evaluation.coco against pycocotools and Detectron2's own evaluator."""
+
+import contextlib
+import copy
+import io
+import json
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import pycocotools.mask as mask_util
+import pytest
+import torch
+import torch.multiprocessing as mp
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.evaluation import COCOEvaluator, coco_evaluation
+from detectron2.structures import Boxes, Instances
+from detectron2.utils import comm
+from faster_coco_eval import COCO as FasterCOCO
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from karat_det.evaluation.coco import FasterCOCOEvaluator, _COCOeval
+
+TASKS = ("bbox", "segm")
+
+
+def rle_of(mask: np.ndarray) -> dict:
+    rle = mask_util.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": rle["size"], "counts": rle["counts"].decode()}
+
+
+def box_mask(box: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The ellipse inside an XYWH box, as a mask of shape (height, width)."""
+    x, y, w, h = box
+    rows, columns = np.mgrid[:height, :width] + 0.5
+    return ((columns - x - w / 2) / (w / 2)) ** 2 + ((rows - y - h / 2) / (h / 2)) ** 2 <= 1
+
+
+def random_dataset(rng: np.random.Generator, num_images: int, num_classes: int, crowds: bool) -> dict:
+    """A COCO dataset of ellipses of all three area ranges; some images and some classes stay empty."""
+    height, width = 150, 180
+    images = [{"id": 7 * i + 3, "height": height, "width": width, "file_name": f"{i}.jpg"} for i in range(num_images)]
+    annotations = []
+    for image in images[: max(1, num_images - 1)]:
+        for _ in range(rng.integers(0, 9)):
+            w, h = rng.uniform(2, 140, 2)
+            box = np.array([rng.uniform(0, width - w), rng.uniform(0, height - h), w, h])
+            mask = box_mask(box, height, width)
+            if mask.any():
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": image["id"],
+                        "category_id": int(rng.integers(num_classes)) * 2 + 1,
+                        "bbox": box.tolist(),
+                        "area": float(mask.sum()),
+                        "iscrowd": int(crowds and rng.random() < 0.2),
+                        "segmentation": rle_of(mask),
+                    }
+                )
+    # The last category has no ground truth.
+    categories = [{"id": 2 * i + 1, "name": f"class {i}"} for i in range(num_classes + 1)]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def perturbed(dataset: dict, rng: np.random.Generator, score_levels: int, copies: int) -> list[dict]:
+    """COCO results: shifted copies of the ground truth, some in a wrong class, with few enough scores that many tie."""
+    api = quiet_coco(COCO, dataset)
+    category_ids = [category["id"] for category in dataset["categories"]]
+    results = []
+    for annotation in dataset["annotations"]:
+        mask = api.annToMask(annotation)
+        for _ in range(rng.integers(0, copies + 1)):
+            shift = rng.integers(-6, 7, 2)
+            box = np.array(annotation["bbox"]) + np.concatenate([shift[::-1], rng.normal(0, 3, 2)])
+            wrong = rng.random() < 0.2
+            results.append(
+                {
+                    "image_id": annotation["image_id"],
+                    "category_id": int(rng.choice(category_ids)) if wrong else annotation["category_id"],
+                    "bbox": box.clip(0.5).tolist(),
+                    "segmentation": rle_of(np.roll(mask, shift, (0, 1))),
+                    "score": float(rng.integers(1, score_levels + 1) / score_levels),
+                }
+            )
+    for image in dataset["images"]:
+        for _ in range(rng.integers(0, 3)):
+            box = np.array([*rng.uniform(0, 60, 2), *rng.uniform(5, 60, 2)])
+            mask = box_mask(box, image["height"], image["width"])
+            results.append(
+                {
+                    "image_id": image["id"],
+                    "category_id": int(rng.choice(category_ids)),
+                    "bbox": box.tolist(),
+                    "segmentation": rle_of(mask),
+                    "score": float(rng.integers(1, score_levels + 1) / score_levels),
+                }
+            )
+    return results
+
+
+def quiet_coco(cls: type, dataset: dict):
+    api = cls()
+    api.dataset = copy.deepcopy(dataset)
+    with contextlib.redirect_stdout(io.StringIO()):
+        api.createIndex()
+    return api
+
+
+def sums(coco_class: type, eval_class: type, dataset: dict, results: list[dict], task: str):
+    """The evaluator after evaluate, accumulate and summarize, on masks' own areas for "segm" as Detectron2 does it."""
+    results = copy.deepcopy(results)
+    if task == "segm":
+        for result in results:
+            del result["bbox"]
+    gt = quiet_coco(coco_class, dataset)
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco_eval = eval_class(gt, gt.loadRes(results), task)
+        coco_eval.evaluate()
+        coco_eval.accumulate()
+        coco_eval.summarize()
+    return coco_eval
+
+
+def assert_same_figures(dataset: dict, results: list[dict], task: str) -> np.ndarray:
+    plain = sums(COCO, COCOeval, dataset, results, task)
+    fast = sums(FasterCOCO, _COCOeval, dataset, results, task)
+    assert len(plain.stats) == len(fast.stats) == 12
+    np.testing.assert_allclose(fast.stats, plain.stats, rtol=0, atol=1e-12)
+    for name in ("precision", "recall", "scores"):
+        np.testing.assert_allclose(fast.eval[name], plain.eval[name], rtol=0, atol=1e-12)
+    return plain.stats
+
+
+def register(name: str, dataset: dict, folder: Path) -> None:
+    """Registers a COCO dataset and loads it once, so that its metadata has class names and category ids."""
+    json_file = folder / f"{name}.json"
+    json_file.write_text(json.dumps(dataset))
+    register_coco_instances(name, {}, str(json_file), str(folder))
+    DatasetCatalog.get(name)
+
+
+@pytest.fixture
+def named_dataset(tmp_path):
+    """A function that registers a dataset under a name of its own, for one test."""
+    names = []
+
+    def add(dataset: dict) -> str:
+        name = f"{tmp_path.name}_{len(names)}"
+        register(name, dataset, tmp_path)
+        names.append(name)
+        return name
+
+    yield add
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def as_outputs(dataset: dict, results: list[dict]) -> list[tuple[dict, dict]]:
+    """COCO results as the pairs of inputs and outputs that a model gives an evaluator, an image at a time."""
+    class_of = {category["id"]: i for i, category in enumerate(dataset["categories"])}
+    pairs = []
+    for image in dataset["images"]:
+        own = [result for result in results if result["image_id"] == image["id"]]
+        instances = Instances((image["height"], image["width"]))
+        boxes = torch.tensor([result["bbox"] for result in own], dtype=torch.float64).reshape(-1, 4)
+        instances.pred_boxes = Boxes(torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1))
+        instances.scores = torch.tensor([result["score"] for result in own], dtype=torch.float64)
+        instances.pred_classes = torch.tensor([class_of[result["category_id"]] for result in own], dtype=torch.long)
+        masks = [mask_util.decode(result["segmentation"]) for result in own]
+        instances.pred_masks = torch.tensor(np.array(masks), dtype=torch.bool).reshape(-1, *instances.image_size)
+        pairs.append(({"image_id": image["id"]}, {"instances": instances}))
+    return pairs
+
+
+def evaluate(evaluator, pairs: list[tuple[dict, dict]]) -> dict:
+    evaluator.reset()
+    for inputs, outputs in pairs:
+        evaluator.process([inputs], [outputs])
+    with contextlib.redirect_stdout(io.StringIO()):
+        return evaluator.evaluate()
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    num_images=st.integers(1, 4),
+    num_classes=st.integers(1, 3),
+    crowds=st.booleans(),
+    score_levels=st.sampled_from([1, 3, 1000]),
+)
+def test_figures_equal_pycocotools_on_random_scenes(seed, num_images, num_classes, crowds, score_levels):
+    rng = np.random.default_rng(seed)
+    dataset = random_dataset(rng, num_images, num_classes, crowds)
+    results = perturbed(dataset, rng, score_levels, copies=3)
+    if results:
+        for task in TASKS:
+            assert_same_figures(dataset, results, task)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("score_levels", [1, 4, 10**6])
+def test_figures_equal_pycocotools_with_more_than_100_detections_an_image(task, score_levels):
+    rng = np.random.default_rng(1)
+    dataset = random_dataset(rng, num_images=3, num_classes=1, crowds=True)
+    results = perturbed(dataset, rng, score_levels, copies=70)
+    most = max(np.unique([result["image_id"] for result in results], return_counts=True)[1])
+    assert most > 100
+    stats = assert_same_figures(dataset, results, task)
+    assert 0 < stats[0] < 1
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_figures_equal_pycocotools_on_coco(task):
+    folder = os.environ.get("KARAT_COCO_TINY")
+    if not folder:
+        pytest.skip("set KARAT_COCO_TINY to a folder that holds coco/annotations/instances_val2017.json")
+    dataset = json.loads(Path(folder, "coco/annotations/instances_val2017.json").read_text())
+    assert any(annotation["iscrowd"] for annotation in dataset["annotations"])
+    results = perturbed(dataset, np.random.default_rng(0), score_levels=20, copies=3)
+    stats = assert_same_figures(dataset, results, task)
+    assert all(0 < stat < 1 for stat in stats)
+
+
+def test_results_and_files_equal_detectron2s(named_dataset, tmp_path):
+    rng = np.random.default_rng(2)
+    dataset = random_dataset(rng, num_images=4, num_classes=3, crowds=True)
+    pairs = as_outputs(dataset, perturbed(dataset, rng, score_levels=5, copies=3))
+    name = named_dataset(dataset)
+    plain = COCOEvaluator(name, TASKS, distributed=False, output_dir=str(tmp_path / "plain"), use_fast_impl=False)
+    fast = FasterCOCOEvaluator(name, TASKS, distributed=False, output_dir=str(tmp_path / "fast"))
+    expected, found = evaluate(plain, pairs), evaluate(fast, pairs)
+    assert list(found) == list(TASKS)
+    for task in TASKS:
+        assert found[task].keys() == expected[task].keys()
+        for metric, value in expected[task].items():
+            assert found[task][metric] == pytest.approx(value, rel=0, abs=1e-9, nan_ok=True)
+        assert found[task]["AP"] > 0
+        assert np.isnan(found[task]["AP-class 3"])
+    results = [tmp_path / side / "coco_instances_results.json" for side in ("plain", "fast")]
+    assert results[0].read_text() == results[1].read_text()
+
+
+def test_log_has_summary_and_classes_and_names_who_did_the_sums(named_dataset, caplog):
+    rng = np.random.default_rng(3)
+    dataset = random_dataset(rng, num_images=3, num_classes=2, crowds=False)
+    caplog.set_level(logging.INFO)
+    evaluator = FasterCOCOEvaluator(named_dataset(dataset), TASKS, distributed=False)
+    evaluate(evaluator, as_outputs(dataset, perturbed(dataset, rng, score_levels=9, copies=2)))
+    assert "faster-coco-eval" in caplog.text
+    assert "COCO summary for segm" in caplog.text
+    assert "Average Precision  (AP) @[ IoU=0.50:0.95 | area=   all | maxDets=100 ] = 0." in caplog.text
+    assert "Per-category segm AP" in caplog.text
+    assert "class 1" in caplog.text
+    assert "Falling back" not in caplog.text
+    assert "with official COCO API" not in caplog.text
+
+
+def test_detectron2s_own_evaluator_is_left_as_it_was(named_dataset):
+    before = coco_evaluation.COCOeval_opt
+    rng = np.random.default_rng(4)
+    dataset = random_dataset(rng, num_images=2, num_classes=2, crowds=False)
+    evaluate(FasterCOCOEvaluator(named_dataset(dataset), TASKS, distributed=False), as_outputs(dataset, []))
+    assert coco_evaluation.COCOeval_opt is before
+
+
+def test_no_predictions_gives_nan(named_dataset):
+    dataset = random_dataset(np.random.default_rng(5), num_images=3, num_classes=2, crowds=False)
+    evaluator = FasterCOCOEvaluator(named_dataset(dataset), TASKS, distributed=False)
+    found = evaluate(evaluator, as_outputs(dataset, []))
+    assert set(found) == set(TASKS)
+    assert all(np.isnan(value) for task in TASKS for value in found[task].values())
+
+
+def test_wrong_predictions_give_zero(named_dataset):
+    dataset = random_dataset(np.random.default_rng(6), num_images=3, num_classes=1, crowds=False)
+    image = dataset["images"][-1]  # The image without annotations.
+    mask = box_mask(np.array([10, 10, 30, 30]), image["height"], image["width"])
+    result = {"image_id": image["id"], "category_id": 1, "bbox": [10, 10, 30, 30], "score": 0.9}
+    evaluator = FasterCOCOEvaluator(named_dataset(dataset), TASKS, distributed=False)
+    found = evaluate(evaluator, as_outputs(dataset, [{**result, "segmentation": rle_of(mask)}]))
+    assert found["bbox"]["AP"] == found["segm"]["AP"] == 0
+
+
+@pytest.mark.parametrize("header", [{}, {"info": None, "licenses": []}])
+def test_json_without_info_and_licenses(named_dataset, header):
+    rng = np.random.default_rng(7)
+    dataset = {**header, **random_dataset(rng, num_images=2, num_classes=1, crowds=False)}
+    evaluator = FasterCOCOEvaluator(named_dataset(dataset), TASKS, distributed=False)
+    assert evaluate(evaluator, as_outputs(dataset, perturbed(dataset, rng, 10, 2)))["segm"]["AP"] >= 0
+
+
+def _evaluate_a_half(rank: int, folder: str, rendezvous: str) -> None:
+    # A forked process has none of its parent's threads.
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    comm.create_local_process_group(2)
+    rng = np.random.default_rng(8)
+    dataset = random_dataset(rng, num_images=4, num_classes=2, crowds=True)
+    pairs = as_outputs(dataset, perturbed(dataset, rng, score_levels=10**6, copies=3))
+    register(f"half_{rank}", dataset, Path(folder))
+    found = evaluate(FasterCOCOEvaluator(f"half_{rank}", TASKS), pairs[2 * rank : 2 * rank + 2])
+    Path(folder, f"found_{rank}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_find_what_one_finds(named_dataset, tmp_path):
+    arguments = (str(tmp_path), str(tmp_path / "rendezvous"))
+    mp.start_processes(_evaluate_a_half, arguments, nprocs=2, start_method="fork")
+    rng = np.random.default_rng(8)
+    dataset = random_dataset(rng, num_images=4, num_classes=2, crowds=True)
+    pairs = as_outputs(dataset, perturbed(dataset, rng, score_levels=10**6, copies=3))
+    expected = evaluate(FasterCOCOEvaluator(named_dataset(dataset), TASKS, distributed=False), pairs)
+    found = [json.loads((tmp_path / f"found_{rank}.json").read_text()) for rank in range(2)]
+    assert found[1] == {}
+    for task in TASKS:
+        assert found[0][task] == pytest.approx(expected[task], nan_ok=True)

@@ -1,0 +1,103 @@
+"""Trains, evaluates and shows the quickstart: everything that `make demo` does after the installation.
+
+Makes the embedded dataset, trains configs/quickstart.yaml on it (on one GPU if there is one, else on the CPU), draws
+the predictions on its validation images, and prints box and mask AP. A finished run is not trained again, and an
+interrupted one goes on from its last checkpoint.
+
+Usage: python tools/demo.py
+"""
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = "configs/quickstart.yaml"
+OUTPUT = Path("output/quickstart")
+WEIGHTS = OUTPUT / "model_final.pth"
+PICTURES = OUTPUT / "pictures"
+DATASET = "digits_val"
+
+
+def main() -> None:
+    run_step("Making the embedded dataset", "datasets/prepare_digits.py")
+    if is_finished():
+        say(f"{OUTPUT} holds a finished run: not training again. To train anew, remove that folder.")
+    else:
+        gpus = number_of_gpus()
+        run_step(
+            f"Training and evaluating {CONFIG} on {'one GPU' if gpus else 'the CPU'}",
+            *("tools/train_net.py", "--config-file", CONFIG, "--num-gpus", str(gpus), "--resume"),
+            *("OUTPUT_DIR", str(OUTPUT)),
+        )
+    run_step(
+        "Drawing predictions",
+        *("tools/visualize_predictions.py", "--config-file", CONFIG, "--weights", str(WEIGHTS)),
+        *("--dataset", DATASET, "--output", str(PICTURES)),
+    )
+
+    figures = read_average_precision()
+    if figures is None:
+        raise SystemExit(f"{OUTPUT / 'metrics.json'} has no evaluation: remove {OUTPUT} and run this again.")
+    box_ap, mask_ap = figures
+    say(f"Done. COCO AP (the mean over IoU 0.50 to 0.95, in percent) on {DATASET}:")
+    print(f"      box AP   {box_ap:.1f}")
+    print(f"      mask AP  {mask_ap:.1f}")
+    print(f"    Pictures, ground truth beside prediction: {ROOT / PICTURES}")
+
+
+def run_step(what: str, script: str, *arguments: str) -> None:
+    """Runs a Python script of the project, its output passing through, and says how long it took.
+
+    Raises:
+        SystemExit: with the script's exit status, if that is not 0.
+    """
+    say(what)
+    print(f"    python {' '.join((script, *arguments))}", flush=True)
+    start = time.monotonic()
+    status = subprocess.run([sys.executable, script, *arguments], cwd=ROOT).returncode
+    if status != 0:
+        say(f"Stopped: the step '{what}' failed with exit status {status}. Its message is above.")
+        raise SystemExit(status if status > 0 else 128 - status)
+    say(f"Done in {time.monotonic() - start:.0f} s")
+
+
+def say(message: str) -> None:
+    print(f"==> {message}", flush=True)
+
+
+def number_of_gpus() -> int:
+    """1 if PyTorch can use a GPU, else 0."""
+    code = "import torch; print(int(torch.cuda.is_available()))"
+    result = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    return int(result.stdout)
+
+
+def is_finished() -> bool:
+    return (ROOT / WEIGHTS).is_file() and read_average_precision() is not None
+
+
+def read_average_precision() -> tuple[float, float] | None:
+    """Box and mask AP, in percent, of the last evaluation in the run's metrics.json; None if there was none."""
+    metrics_file = ROOT / OUTPUT / "metrics.json"
+    if not metrics_file.is_file():
+        return None
+    figures = None
+    for line in metrics_file.read_text(encoding="utf-8").splitlines():
+        # A run that was killed may leave half a line.
+        with contextlib.suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            if "segm/AP" in record:
+                figures = record["bbox/AP"], record["segm/AP"]
+    return figures
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        say("Interrupted. Run it again to go on from the last checkpoint.")
+        raise SystemExit(130) from None

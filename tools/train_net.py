@@ -1,0 +1,50 @@
+#!/usr/bin/env python
+"""Trains or evaluates a detector: the command line of Detectron2's tools/train_net.py."""
+
+import sys
+
+import karat_det  # noqa: F401  before Detectron2, whose imports warn of their own old calls
+
+# isort: split
+from detectron2.engine import default_argument_parser, default_setup
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from karat_det.checkpoint.loading import check_weights_file, load_weights
+from karat_det.data.registration import check_test_datasets
+from karat_det.engine.setup import check_output_dir, load_cfg, run_distributed
+from karat_det.engine.trainer import Trainer
+
+
+def main(args):
+    try:
+        cfg = load_cfg(args.config_file, args.opts)
+        if args.eval_only or cfg.MODEL.WEIGHTS:
+            check_weights_file(cfg.MODEL.WEIGHTS)
+        if not args.eval_only and not args.resume:
+            check_output_dir(cfg.OUTPUT_DIR)
+        comm.synchronize()
+        default_setup(cfg, args)
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="karat_det")
+        if args.eval_only:
+            check_test_datasets(cfg)
+            model = Trainer.build_model(cfg)
+            load_weights(model, cfg.MODEL.WEIGHTS, strict=cfg.MODEL.WEIGHTS_STRICT)
+        else:
+            trainer = Trainer(cfg)
+            trainer.resume_or_load(resume=args.resume)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
+
+    if args.eval_only:
+        results = Trainer.test(cfg, model)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+    else:
+        trainer.train()
+
+
+if __name__ == "__main__":
+    args = default_argument_parser().parse_args()
+    run_distributed(main, args)
