@@ -1,7 +1,7 @@
 """Trains, evaluates and shows the quickstart: everything that `make demo` does after the installation.
 
 Makes the embedded dataset, trains configs/quickstart.yaml on it (on one GPU if there is one, else on the CPU), draws
-the predictions on its validation images, and prints box and mask AP. A finished run is not trained again, and an
+the predictions on some validation images, and prints box and mask AP. A finished run is not trained again, and an
 interrupted one goes on from its last checkpoint.
 
 Usage: python tools/demo.py
@@ -20,6 +20,7 @@ OUTPUT = Path("output/quickstart")
 WEIGHTS = OUTPUT / "model_final.pth"
 PICTURES = OUTPUT / "pictures"
 DATASET = "digits_val"
+NUM_PICTURES = 24
 
 
 def main() -> None:
@@ -34,9 +35,9 @@ def main() -> None:
             *("OUTPUT_DIR", str(OUTPUT)),
         )
     run_step(
-        "Drawing predictions",
+        f"Drawing the predictions on {NUM_PICTURES} images",
         *("tools/visualize_predictions.py", "--config-file", CONFIG, "--weights", str(WEIGHTS)),
-        *("--dataset", DATASET, "--output", str(PICTURES)),
+        *("--dataset", DATASET, "--max-images", str(NUM_PICTURES), "--output", str(PICTURES)),
     )
 
     figures = read_average_precision()

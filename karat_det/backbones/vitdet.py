@@ -144,7 +144,7 @@ def _check_sizes(cfg: CfgNode) -> int:
     if vit.IMG_SIZE % vit.PATCH_SIZE:
         raise ValueError(
             f"MODEL.VIT.IMG_SIZE is {vit.IMG_SIZE}, which MODEL.VIT.PATCH_SIZE, {vit.PATCH_SIZE}, does not divide. "
-            f"Near sizes that fit: {_multiples_near(vit.IMG_SIZE, vit.PATCH_SIZE)}."
+            f"Sizes that fit: {_multiples_near(vit.IMG_SIZE, vit.PATCH_SIZE)}."
         )
     if vit.EMBED_DIM % vit.NUM_HEADS:
         raise ValueError(
@@ -188,7 +188,7 @@ def _check_sizes(cfg: CfgNode) -> int:
             raise ValueError(
                 f"MODEL.VIT.IMG_SIZE / PATCH_SIZE is {vit.IMG_SIZE} / {vit.PATCH_SIZE} = {tokens_per_side} patches on "
                 f"a side, which MODEL.VIT.WINDOW_SIZE, {vit.WINDOW_SIZE}, does not divide; with KArAt windows must "
-                f"tile the image. Near sizes that fit: {_multiples_near(vit.IMG_SIZE, vit.PATCH_SIZE * vit.WINDOW_SIZE)}."
+                f"tile the image. Sizes that fit: {_multiples_near(vit.IMG_SIZE, vit.PATCH_SIZE * vit.WINDOW_SIZE)}."
             )
     return tokens_per_side
 

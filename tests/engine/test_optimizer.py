@@ -1,5 +1,6 @@
 import math
 
+import detectron2.layers.batch_norm
 import pytest
 import torch
 from detectron2.modeling import build_model
@@ -9,20 +10,24 @@ from karat_det.engine.setup import load_cfg
 
 
 @pytest.fixture(scope="module")
-def settings(configs):
+def cfg(configs):
+    opts = "SOLVER.LAYER_DECAY 0.5 SOLVER.BASE_LR 1.0 SOLVER.WEIGHT_DECAY 0.1"
+    return load_cfg(str(configs / "quickstart.yaml"), opts.split())
+
+
+@pytest.fixture(scope="module")
+def model(cfg):
+    return build_model(cfg)
+
+
+@pytest.fixture(scope="module")
+def settings(cfg, model):
     """Name -> (learning rate, weight decay) of every parameter of the quickstart detector with layer decay."""
-    opts = "SOLVER.LAYER_DECAY 0.5 SOLVER.BASE_LR 1.0 SOLVER.WEIGHT_DECAY 0.1".split()
-    cfg = load_cfg(str(configs / "quickstart.yaml"), opts)
-    model = build_model(cfg)
     names = {parameter: name for name, parameter in model.named_parameters()}
-    optimizer = build_optimizer(cfg, model)
-    settings = {}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            assert names[parameter] not in settings
-            settings[names[parameter]] = (group["lr"], group["weight_decay"])
-    assert set(settings) == set(names.values())
-    return settings
+    groups = build_optimizer(cfg, model).param_groups
+    members = [(names[parameter], group) for group in groups for parameter in group["params"]]
+    assert sorted(name for name, _ in members) == sorted(names.values())
+    return {name: (group["lr"], group["weight_decay"]) for name, group in members}
 
 
 @pytest.mark.parametrize(
@@ -48,19 +53,15 @@ def test_blockwise_operators_have_the_rate_of_their_block():
     assert lr_factor("backbone.net.blocks.2.attn.operator.projector", 0.5, 6) == pytest.approx(0.5**4)
 
 
-def test_positions_norms_biases_and_coefficients_have_no_weight_decay_and_all_else_has(settings):
-    without = {name for name, (_, decay) in settings.items() if decay == 0}
-    for name, (_, decay) in settings.items():
-        leaf = name.rpartition(".")[2]
-        is_norm = ".norm" in name and leaf in ("weight", "bias")
-        exempt = leaf in ("pos_embed", "rel_pos_h", "rel_pos_w", "coefficients", "bias") or is_norm
-        # The norms of the pyramid's second layer of 2× levels carry a number for a name.
-        if not exempt and leaf == "weight":
-            exempt = name in without and not any(word in name for word in ("qkv", "proj", "fc", "conv", "attn"))
-        assert (decay == 0) == exempt, name
-    assert {"backbone.net.pos_embed", "backbone.net.operator.coefficients", "backbone.net.blocks.0.attn.rel_pos_h"} <= without
-    assert settings["backbone.net.operator.projector"][1] == 0.1
-    assert settings["backbone.simfp_2.1.norm.weight"][1] == 0
+def test_positions_norms_biases_and_coefficients_have_no_weight_decay_and_all_else_has(settings, model):
+    norms = (torch.nn.LayerNorm, detectron2.layers.batch_norm.LayerNorm)
+    exempt = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, norms)}
+    assert {"backbone.net.blocks.5.norm1.weight", "backbone.simfp_2.1.norm.weight"} <= exempt
+    leaves = ("pos_embed", "rel_pos_h", "rel_pos_w", "coefficients", "bias")
+    exempt |= {name for name in settings if name.rpartition(".")[2] in leaves}
+    assert {name for name, (_, decay) in settings.items() if decay == 0.0} == exempt
+    assert {decay for name, (_, decay) in settings.items() if name not in exempt} == {0.1}
+    assert "backbone.net.operator.projector" not in exempt
 
 
 def test_layer_decay_one_is_one_rate_for_all(configs):

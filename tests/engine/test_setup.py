@@ -20,7 +20,7 @@ PAPER = {
 def test_every_config_loads_and_is_frozen(path):
     cfg = load_cfg(str(path), [])
     assert cfg.is_frozen()
-    assert cfg.MODEL.DEVICE == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert ("cuda" if torch.cuda.is_available() else "cpu") == cfg.MODEL.DEVICE
 
 
 @pytest.mark.parametrize("start", ["random", "imagenet"])
@@ -30,14 +30,14 @@ def test_the_six_rows_of_the_papers_detection_table(configs, variant, start):
     enabled, sharing = PAPER[variant]
     assert enabled == cfg.MODEL.KARAT.ENABLED
     if enabled:
-        assert (cfg.MODEL.KARAT.SHARING, cfg.MODEL.KARAT.GRID_SIZE, cfg.MODEL.KARAT.INIT) == (sharing, 1, "paper")
+        assert (sharing, 1, "paper") == (cfg.MODEL.KARAT.SHARING, cfg.MODEL.KARAT.GRID_SIZE, cfg.MODEL.KARAT.INIT)
         assert (cfg.MODEL.KARAT.RANK, cfg.MODEL.KARAT.BASE_FUNCTION) == (12, "zero")
     assert bool(cfg.MODEL.WEIGHTS) == (start == "imagenet")
     vit, solver, rpn = cfg.MODEL.VIT, cfg.SOLVER, cfg.MODEL.RPN
     assert (vit.IMG_SIZE, vit.PATCH_SIZE, vit.WINDOW_SIZE, vit.EMBED_DIM, vit.DEPTH) == (224, 16, 14, 768, 12)
     assert vit.WINDOW_BLOCKS == [0, 1, 3, 4, 6, 7, 9, 10]
     assert (solver.IMS_PER_BATCH, solver.MAX_ITER, solver.BASE_LR, solver.WEIGHT_DECAY) == (32, 184375, 1e-4, 0.1)
-    assert solver.STEPS == (round(0.88889 * 184375), round(0.96296 * 184375))
+    assert (round(0.88889 * 184375), round(0.96296 * 184375)) == solver.STEPS
     assert (rpn.PRE_NMS_TOPK_TRAIN, rpn.PRE_NMS_TOPK_TEST) == (12000, 6000)
     assert (rpn.POST_NMS_TOPK_TRAIN, rpn.POST_NMS_TOPK_TEST) == (2000, 1000)
 
@@ -45,7 +45,7 @@ def test_the_six_rows_of_the_papers_detection_table(configs, variant, start):
 @pytest.mark.parametrize(
     ("opts", "message"),
     [
-        (["MODEL.KARAT.GRIDSIZE", "3"], "There is no key MODEL.KARAT.GRIDSIZE. Did you mean MODEL.KARAT.GRID_SIZE"),
+        (["MODEL.KARAT.GRIDSIZE", "3"], r"There is no key MODEL.KARAT.GRIDSIZE. Did you mean MODEL.KARAT.GRID_SIZE"),
         (["MODEL.KARAT", "3"], "There is no key MODEL.KARAT"),
         (["SOLVER.MAX_ITER"], "pairs KEY VALUE; these are 1 words"),
         (["SOLVER.MAX_ITER", "many"], "SOLVER.MAX_ITER"),
@@ -97,7 +97,7 @@ def test_without_a_gpu_any_number_of_gpus_is_one_process_on_the_cpu(monkeypatch)
     calls = []
     run_distributed(calls.append, argparse.Namespace(num_gpus=8, num_machines=1))
     assert len(calls) == 1
-    with pytest.raises(ValueError, match="--num-machines is 2.*torchrun"):
+    with pytest.raises(ValueError, match=r"--num-machines is 2.*torchrun"):
         run_distributed(calls.append, argparse.Namespace(num_gpus=1, num_machines=2))
 
 
