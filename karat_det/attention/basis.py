@@ -22,9 +22,24 @@ def fourier_sum(scores: Tensor, coefficients: Tensor) -> Tensor:
     cosine_weights, sine_weights = coefficients.unbind(1)
     total = 0.0
     for index in range(coefficients.shape[2]):
-        phase = (index + 1) * scores
-        total = total + phase.cos() @ cosine_weights[:, index] + phase.sin() @ sine_weights[:, index]
+        cosines, sines = _CosineAndSine.apply((index + 1) * scores if index else scores)
+        total = total + cosines @ cosine_weights[:, index] + sines @ sine_weights[:, index]
     return total
+
+
+class _CosineAndSine(torch.autograd.Function):
+    """cos x and sin x. Each is the other's derivative, so the backward pass needs neither x nor the two again."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> tuple[Tensor, Tensor]:
+        cosine, sine = x.cos(), x.sin()
+        ctx.save_for_backward(cosine, sine)
+        return cosine, sine
+
+    @staticmethod
+    def backward(ctx, cosine_gradient: Tensor, sine_gradient: Tensor) -> Tensor:
+        cosine, sine = ctx.saved_tensors
+        return sine_gradient * cosine - cosine_gradient * sine
 
 
 def identity(scores: Tensor) -> Tensor:

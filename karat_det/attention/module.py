@@ -98,24 +98,31 @@ class KArAtAttention(nn.Module):
         # (3, B, heads, N, d)
         qkv = self.qkv(x).reshape(batch_size, -1, 3, self.num_heads, channels // self.num_heads).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind(0)
-        bias = attn_mask
+        scale = query.shape[-1] ** -0.5
         if self.use_rel_pos:
-            positions = decomposed_rel_pos(query, self.rel_pos_h, self.rel_pos_w)
-            bias = positions if bias is None else bias + positions
-        attended = self.operator.attend(query, key, value, bias)  # (B, heads, N, d)
+            query, key = with_rel_pos(query * scale, key, query, self.rel_pos_h, self.rel_pos_w)
+            scale = 1.0
+        attended = self.operator.attend(query, key, value, attn_mask, scale)  # (B, heads, N, d)
         return self.proj_drop(self.proj(attended.transpose(1, 2).reshape(x.shape)))
 
 
-def decomposed_rel_pos(query: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> Tensor:
-    """Bias of the scores by relative position, the sum of a term for height and one for width.
+def with_rel_pos(
+    scaled_query: Tensor, key: Tensor, query: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Appends decomposed relative positions to query and key, so that their product has them added.
+
+    A score gains a term for the rows and one for the columns of the grid that its two tokens are in. Appended to the
+    query are its terms for each row and each column; appended to the key is a 1 at its own row and its own column. So
+    no bias of shape (N, N) is formed.
 
     Args:
-        query: of shape (B, heads, H · W, d), not scaled.
+        scaled_query, key: of shape (B, heads, H · W, d).
+        query: what the terms are made from, of the same shape; Detectron2 takes it without its scale.
         rel_pos_h: of shape (2H − 1, d), one row for each difference of rows of the grid.
         rel_pos_w: of shape (2W − 1, d).
 
     Returns:
-        The bias, of shape (B, heads, H · W, H · W).
+        query and key of shape (B, heads, H · W, d + H + W).
 
     Source: section 4 of MViTv2, arXiv 2112.01526. Unlike Detectron2's add_decomposed_rel_pos it never resizes the
     tables, since the operator fixes the grid.
@@ -124,8 +131,11 @@ def decomposed_rel_pos(query: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> T
     on_grid = query.unflatten(2, (height, width))
     by_row = torch.einsum("bnhwd,hkd->bnhwk", on_grid, rel_pos_h[_differences(height, query.device)])
     by_column = torch.einsum("bnhwd,wkd->bnhwk", on_grid, rel_pos_w[_differences(width, query.device)])
-    bias = by_row[..., :, None] + by_column[..., None, :]  # (B, heads, H, W, H, W)
-    return bias.flatten(4).flatten(2, 3)
+    rows = torch.eye(height, dtype=key.dtype, device=key.device).repeat_interleave(width, dim=0)  # (H · W, H)
+    columns = torch.eye(width, dtype=key.dtype, device=key.device).repeat(height, 1)  # (H · W, W)
+    places = torch.cat([rows, columns], dim=-1).expand(*key.shape[:2], -1, -1)
+    terms = torch.cat([by_row, by_column], dim=-1).flatten(2, 3)
+    return torch.cat([scaled_query, terms], dim=-1), torch.cat([key, places], dim=-1)
 
 
 def _differences(size: int, device: torch.device) -> Tensor:
