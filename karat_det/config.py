@@ -2,6 +2,8 @@
 
 The defaults are those of ViT-Base at 224 × 224 with one universal Fourier operator of grid size 1 (G1U).
 Detectron2's own keys keep Detectron2's defaults: what a family of models changes of them stands in its base YAML file.
+Without effect are those of what is replaced here: INPUT.MIN_SIZE_* and MAX_SIZE_* (images are resized as INPUT.RESIZE
+says), and SOLVER.MOMENTUM, NESTEROV, BIAS_LR_FACTOR, WEIGHT_DECAY_NORM and WEIGHT_DECAY_BIAS (the optimiser is AdamW).
 """
 
 from detectron2.config import CfgNode as CN
@@ -79,8 +81,8 @@ def add_karat_config(cfg: CN) -> None:
     # Range of the factors that large-scale jitter draws from.
     cfg.INPUT.LSJ_SCALE = (0.1, 2.0)
 
-    # The metric that decides which checkpoint is the best one.
-    cfg.TEST.BEST_METRIC = "segm/AP"
+    # The metric that decides which checkpoint is the best one; "" is segm/AP with masks, else bbox/AP.
+    cfg.TEST.BEST_METRIC = ""
 
     # Your own data in COCO format: dataset i is NAMES[i], annotated in JSONS[i], its images below IMAGE_DIRS[i].
     # DATASETS.TRAIN and DATASETS.TEST then choose among them, and among Detectron2's built-in names, by name.

@@ -1,6 +1,7 @@
 #!/usr/bin/env python
 """Trains or evaluates a detector: the command line of Detectron2's tools/train_net.py."""
 
+import logging
 import sys
 
 import karat_det  # noqa: F401  before Detectron2, whose imports warn of their own old calls
@@ -11,7 +12,7 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from karat_det.checkpoint.loading import check_weights_file, load_weights
+from karat_det.checkpoint.loading import SafeCheckpointer, check_weights_file
 from karat_det.data.registration import check_test_datasets
 from karat_det.engine.setup import check_output_dir, load_cfg, run_distributed
 from karat_det.engine.trainer import Trainer
@@ -19,18 +20,23 @@ from karat_det.engine.trainer import Trainer
 
 def main(args):
     try:
-        cfg = load_cfg(args.config_file, args.opts)
-        if args.eval_only or cfg.MODEL.WEIGHTS:
+        on_cpu = ["MODEL.DEVICE", "cpu"] if args.num_gpus == 0 else []
+        cfg = load_cfg(args.config_file, args.opts + on_cpu)
+        resumes = args.resume and SafeCheckpointer(None, cfg.OUTPUT_DIR).has_checkpoint()
+        if not resumes and (args.eval_only or cfg.MODEL.WEIGHTS):
             check_weights_file(cfg.MODEL.WEIGHTS)
         if not args.eval_only and not args.resume:
             check_output_dir(cfg.OUTPUT_DIR)
         comm.synchronize()
         default_setup(cfg, args)
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="karat_det")
+        if cfg.MODEL.DEVICE == "cpu" and args.num_gpus > 0:
+            logging.getLogger("karat_det").info("No GPU is used: MODEL.DEVICE is cpu.")
         if args.eval_only:
             check_test_datasets(cfg)
             model = Trainer.build_model(cfg)
-            load_weights(model, cfg.MODEL.WEIGHTS, strict=cfg.MODEL.WEIGHTS_STRICT)
+            checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR, strict=cfg.MODEL.WEIGHTS_STRICT, complete=True)
+            checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         else:
             trainer = Trainer(cfg)
             trainer.resume_or_load(resume=args.resume)
@@ -47,4 +53,7 @@ def main(args):
 
 if __name__ == "__main__":
     args = default_argument_parser().parse_args()
-    run_distributed(main, args)
+    try:
+        run_distributed(main, args)
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -228,8 +228,8 @@ def draw_ground_truth(
     """Draws annotations in Detectron2's dataset format; crowds are marked as such. Shapes as for `draw_predictions`."""
     boxes = [BoxMode.convert(ann["bbox"], ann["bbox_mode"], BoxMode.XYXY_ABS) for ann in annotations]
     masks = None
-    if any("segmentation" in ann for ann in annotations):
-        masks = [GenericMask(ann.get("segmentation", []), *image.shape[:2]).mask for ann in annotations]
+    if all("segmentation" in ann for ann in annotations):
+        masks = [GenericMask(ann["segmentation"], *image.shape[:2]).mask for ann in annotations]
     classes = [ann["category_id"] for ann in annotations]
     labels = [class_names[ann["category_id"]] + (" (crowd)" if ann.get("iscrowd") else "") for ann in annotations]
     return _draw(image, np.array(boxes, dtype=np.float64).reshape(-1, 4), masks, classes, labels)

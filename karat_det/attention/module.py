@@ -7,7 +7,7 @@ parameter names, so that their checkpoints load by name: `qkv`, `proj`, `rel_pos
 import torch
 from torch import Tensor, nn
 
-from .operator import KArAtConfig, KArAtOperator
+from .operator import KArAtConfig, KArAtOperator, at_least_float32
 
 
 class KArAtAttention(nn.Module):
@@ -90,7 +90,7 @@ class KArAtAttention(nn.Module):
             A tensor of the shape of x.
 
         Raises:
-            ValueError: x has another number of tokens than the operator, or the mask excludes pairs.
+            ValueError: x has another number of tokens than the operator, or the mask is boolean or causal.
         """
         if is_causal or (attn_mask is not None and attn_mask.dtype == torch.bool):
             raise ValueError("KArAt has no excluded pairs of tokens: is_causal and boolean masks are for softmax only.")
@@ -100,14 +100,16 @@ class KArAtAttention(nn.Module):
         query, key, value = qkv.unbind(0)
         scale = query.shape[-1] ** -0.5
         if self.use_rel_pos:
-            query, key = with_rel_pos(query * scale, key, query, self.rel_pos_h, self.rel_pos_w)
+            # Scores are float32 under autocast, and so is what is added to them.
+            with torch.autocast(x.device.type, enabled=False):
+                query, key = with_rel_pos(query, key, self.rel_pos_h, self.rel_pos_w, scale)
             scale = 1.0
         attended = self.operator.attend(query, key, value, attn_mask, scale)  # (B, heads, N, d)
         return self.proj_drop(self.proj(attended.transpose(1, 2).reshape(x.shape)))
 
 
 def with_rel_pos(
-    scaled_query: Tensor, key: Tensor, query: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor
+    query: Tensor, key: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Appends decomposed relative positions to query and key, so that their product has them added.
 
@@ -116,17 +118,18 @@ def with_rel_pos(
     no bias of shape (N, N) is formed.
 
     Args:
-        scaled_query, key: of shape (B, heads, H · W, d).
-        query: what the terms are made from, of the same shape; Detectron2 takes it without its scale.
+        query, key: of shape (B, heads, H · W, d).
         rel_pos_h: of shape (2H − 1, d), one row for each difference of rows of the grid.
         rel_pos_w: of shape (2W − 1, d).
+        scale: of the product of query and key. As in Detectron2 the terms are made from the query without it.
 
     Returns:
-        query and key of shape (B, heads, H · W, d + H + W).
+        query, scaled, and key, of shape (B, heads, H · W, d + H + W).
 
     Source: section 4 of MViTv2, arXiv 2112.01526. Unlike Detectron2's add_decomposed_rel_pos it never resizes the
     tables, since the operator fixes the grid.
     """
+    query, key = at_least_float32(query), at_least_float32(key)
     height, width = (len(rel_pos_h) + 1) // 2, (len(rel_pos_w) + 1) // 2
     on_grid = query.unflatten(2, (height, width))
     by_row = torch.einsum("bnhwd,hkd->bnhwk", on_grid, rel_pos_h[_differences(height, query.device)])
@@ -135,7 +138,7 @@ def with_rel_pos(
     columns = torch.eye(width, dtype=key.dtype, device=key.device).repeat(height, 1)  # (H · W, W)
     places = torch.cat([rows, columns], dim=-1).expand(*key.shape[:2], -1, -1)
     terms = torch.cat([by_row, by_column], dim=-1).flatten(2, 3)
-    return torch.cat([scaled_query, terms], dim=-1), torch.cat([key, places], dim=-1)
+    return torch.cat([query * scale, terms], dim=-1), torch.cat([key, places], dim=-1)
 
 
 def _differences(size: int, device: torch.device) -> Tensor:

@@ -144,7 +144,7 @@ class KArAtOperator(nn.Module):
         """
         self._check_tokens(scores.shape[-1])
         with torch.autocast(scores.device.type, enabled=False):
-            exact = _at_least_float32(scores)
+            exact = at_least_float32(scores)
             activated = self._unit_sums(exact) @ self._scaled_projector(exact.dtype).transpose(-2, -1)
             if self.config.residual == "softmax":
                 activated = activated + exact.softmax(dim=-1)
@@ -169,8 +169,8 @@ class KArAtOperator(nn.Module):
         self._check_tokens(key.shape[-2])
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         with torch.autocast(query.device.type, enabled=False):
-            exact = _at_least_float32(value)
-            scores = (_at_least_float32(query) * scale) @ _at_least_float32(key).transpose(-2, -1)
+            exact = at_least_float32(value)
+            scores = (at_least_float32(query) * scale) @ at_least_float32(key).transpose(-2, -1)
             if bias is not None:
                 scores = scores + bias
             mixed_values = self._scaled_projector(exact.dtype).transpose(-2, -1) @ exact  # (..., heads, r, d)
@@ -206,5 +206,6 @@ class KArAtOperator(nn.Module):
         )
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or in its own type if that is wider: phases m · A in a narrower one are noise."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

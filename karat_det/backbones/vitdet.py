@@ -63,7 +63,7 @@ def build_vitdet_karat_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SimpleF
     top_block = LastLevelMaxPool()
     # It pools the coarsest level, which is p5 only for strides of up to 32 pixels.
     top_block.in_feature = f"p{round(math.log2(vit.PATCH_SIZE / vit.SCALE_FACTORS[-1]))}"
-    return SimpleFeaturePyramid(
+    pyramid = SimpleFeaturePyramid(
         net,
         in_feature="last_feat",
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
@@ -72,6 +72,8 @@ def build_vitdet_karat_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SimpleF
         norm=cfg.MODEL.FPN.NORM,
         square_pad=vit.IMG_SIZE,
     )
+    _check_levels(cfg, list(pyramid.output_shape()))
+    return pyramid
 
 
 def karat_config(cfg: CfgNode) -> KArAtConfig:
@@ -102,6 +104,11 @@ def _replace_attention(net: ViT, cfg: CfgNode, tokens_per_side: int) -> None:
             f"{tokens_per_side}² = {tokens_per_side**2} in global ones (MODEL.VIT.IMG_SIZE / PATCH_SIZE). Set "
             'MODEL.KARAT.SHARING blockwise, or MODEL.KARAT.GLOBAL_BLOCKS "softmax" or "window".'
         )
+    if not grids:
+        raise ValueError(
+            f"MODEL.KARAT.GLOBAL_BLOCKS is {cfg.MODEL.KARAT.GLOBAL_BLOCKS} and MODEL.VIT.WINDOW_BLOCKS empty: no block "
+            'would have KArAt. Set GLOBAL_BLOCKS "operator", or MODEL.KARAT.ENABLED False for a softmax model.'
+        )
     for side in set(grids.values()):
         if config.rank > side**2:
             raise ValueError(
@@ -109,7 +116,7 @@ def _replace_attention(net: ViT, cfg: CfgNode, tokens_per_side: int) -> None:
                 f"to each other. It must be from 1 to {side**2}."
             )
     shared = None
-    if config.sharing == "universal" and grids:
+    if config.sharing == "universal":
         shared = net.operator = KArAtOperator(vit.NUM_HEADS, next(iter(grids.values())) ** 2, config)
     for index, side in grids.items():
         block = net.blocks[index]
@@ -191,6 +198,22 @@ def _check_sizes(cfg: CfgNode) -> int:
                 f"tile the image. Sizes that fit: {_multiples_near(vit.IMG_SIZE, vit.PATCH_SIZE * vit.WINDOW_SIZE)}."
             )
     return tokens_per_side
+
+
+def _check_levels(cfg: CfgNode, levels: list[str]) -> None:
+    """Checks that the heads read levels that the pyramid has, and that each of the RPN's has its anchors."""
+    for head in ("RPN", "ROI_HEADS"):
+        if not set(cfg.MODEL[head].IN_FEATURES) <= set(levels):
+            raise ValueError(
+                f"MODEL.{head}.IN_FEATURES is {cfg.MODEL[head].IN_FEATURES}. With MODEL.VIT.PATCH_SIZE "
+                f"{cfg.MODEL.VIT.PATCH_SIZE} and SCALE_FACTORS {cfg.MODEL.VIT.SCALE_FACTORS} the levels are {levels}."
+            )
+    sizes = cfg.MODEL.ANCHOR_GENERATOR.SIZES
+    if len(sizes) not in (1, len(cfg.MODEL.RPN.IN_FEATURES)):
+        raise ValueError(
+            f"MODEL.ANCHOR_GENERATOR.SIZES is {sizes}. It must have one list of sizes for each of MODEL.RPN."
+            f"IN_FEATURES, {cfg.MODEL.RPN.IN_FEATURES}."
+        )
 
 
 def _multiples_near(size: int, divisor: int) -> str:

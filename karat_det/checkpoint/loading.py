@@ -6,7 +6,6 @@ They are read by torch's weights-only loader, which runs no code from a file.
 
 import logging
 import os
-import pickle
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
@@ -43,7 +42,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         if resume and self.has_checkpoint():
             self.strict = self.complete = True
             path = self.get_checkpoint_file()
-            check_weights_file(path)
+            check_weights_file(path, "last_checkpoint in OUTPUT_DIR")
             return self.load(path)
         if not path:
             logger.info("MODEL.WEIGHTS names no file: training starts from random weights.")
@@ -51,18 +50,37 @@ class SafeCheckpointer(DetectionCheckpointer):
         check_weights_file(path)
         return self.load(path, checkpointables=[])
 
+    def save(self, name: str, **extra: Any) -> None:
+        """Saves model and checkpointables as name.pth, and names it the last checkpoint.
+
+        Unlike Detectron2's it never leaves half a file under that name: the old one stands until the new one is whole.
+        """
+        if not (self.save_dir and self.save_to_disk):
+            return
+        states = {key: checkpointable.state_dict() for key, checkpointable in self.checkpointables.items()}
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        logger.info("Saving checkpoint to %s", path)
+        torch.save({"model": self.model.state_dict(), **states, **extra}, f"{path}.partial")
+        os.replace(f"{path}.partial", path)
+        self.tag_last_checkpoint(f"{name}.pth")
+
     def _load_file(self, filename: str) -> dict[str, Any]:
         try:
             loaded = torch.load(filename, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        except Exception as error:  # what a foreign file raises depends on its bytes
             raise ValueError(
                 f"{filename} is no weights file that can be read without running code from it: it is truncated, of "
                 f"another format, or holds more than tensors and plain values. Save a state dict with torch.save. "
                 f"({error})"
             ) from error
-        if not isinstance(loaded, dict):
-            raise ValueError(f"{filename} holds a {type(loaded).__name__}, not a state dict.")
-        return loaded if "model" in loaded else {"model": loaded}
+        checkpoint = loaded if isinstance(loaded, dict) and "model" in loaded else {"model": loaded}
+        state = checkpoint["model"]
+        if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+            held = (
+                f"a dict of {', '.join(map(str, list(state)[:5]))}" if isinstance(state, dict) else type(state).__name__
+            )
+            raise ValueError(f"{filename} holds no state dict, neither bare nor under 'model', but {held}.")
+        return checkpoint
 
     def _load_model(self, checkpoint: dict[str, Any]):
         in_file = set(checkpoint["model"])
@@ -122,12 +140,12 @@ def load_weights(model: nn.Module, path: str, *, strict: bool = True, complete: 
     SafeCheckpointer(model, strict=strict, complete=complete).load(path)
 
 
-def check_weights_file(path: str) -> None:
-    """Raises FileNotFoundError unless `path` is a file; an address with a scheme is left to PathManager."""
+def check_weights_file(path: str, key: str = "MODEL.WEIGHTS") -> None:
+    """Raises FileNotFoundError, naming `key`, unless `path` is a file; addresses with a scheme are PathManager's."""
+    if not path:
+        raise FileNotFoundError(f"{key} names no weights file, and this needs one.")
     if not urlparse(path).scheme and not os.path.isfile(path):
-        raise FileNotFoundError(
-            f"MODEL.WEIGHTS is {path!r}, but there is no such file ({os.path.abspath(path)}). Name one."
-        )
+        raise FileNotFoundError(f"{key} is {path!r}, but there is no such file ({os.path.abspath(path)}). Name one.")
 
 
 def _by_module(keys: Iterable[str]) -> str:

@@ -1,7 +1,6 @@
 """From a command line to a checked config and running processes, before anything is built."""
 
 import difflib
-import logging
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -16,8 +15,6 @@ from detectron2.utils import comm
 from ..config import add_karat_config
 from ..data.registration import register_from_config
 from .optimizer import FULL_MODEL
-
-logger = logging.getLogger(__name__)
 
 
 def load_cfg(config_file: str, opts: list[str]) -> CfgNode:
@@ -45,7 +42,7 @@ def load_cfg(config_file: str, opts: list[str]) -> CfgNode:
         except KeyError as error:
             key = str(error.args[0]).rpartition(" ")[2]
             raise ValueError(f"{config_file}: {_unknown(key, known)}") from None
-        except (yaml.YAMLError, AssertionError, ValueError) as error:
+        except (yaml.YAMLError, AssertionError, ValueError, TypeError, AttributeError, OSError) as error:
             raise ValueError(f"{config_file} is no config that can be read: {error}") from None
     if len(opts) % 2:
         raise ValueError(f"Overrides are pairs KEY VALUE; these are {len(opts)} words: {' '.join(opts)}")
@@ -59,7 +56,7 @@ def load_cfg(config_file: str, opts: list[str]) -> CfgNode:
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     # More workers than cores only make torch warn.
-    cfg.DATALOADER.NUM_WORKERS = min(cfg.DATALOADER.NUM_WORKERS, len(os.sched_getaffinity(0)))
+    cfg.DATALOADER.NUM_WORKERS = min(cfg.DATALOADER.NUM_WORKERS, os.cpu_count() or 1)
     _check(cfg)
     register_from_config(cfg)
     cfg.freeze()
@@ -92,18 +89,24 @@ def run_distributed(main: Callable[..., Any], args: Any) -> None:
     Raises:
         ValueError: more GPUs are asked for than there are.
     """
-    has_gpu = torch.cuda.is_available()
+    use_gpus = torch.cuda.is_available() and args.num_gpus > 0
     if "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        if has_gpu:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group("nccl" if has_gpu else "gloo", timeout=timedelta(minutes=30))
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if use_gpus and local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"torchrun started process {local_rank} on a machine with {torch.cuda.device_count()} GPUs. Start one "
+                "for each GPU, or give --num-gpus 0 for the CPU."
+            )
+        if use_gpus:
+            torch.cuda.set_device(local_rank)
+        torch.distributed.init_process_group("nccl" if use_gpus else "gloo", timeout=timedelta(minutes=30))
         comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
         try:
             main(args)
         finally:
             torch.distributed.destroy_process_group()
         return
-    if not has_gpu or args.num_gpus == 0:
+    if not use_gpus:
         if args.num_machines > 1:
             raise ValueError(f"--num-machines is {args.num_machines}: several machines without GPUs need torchrun.")
         main(args)
@@ -128,12 +131,17 @@ def _check(cfg: CfgNode) -> None:
             raise ValueError(f"SOLVER.{key} is {cfg.SOLVER[key]}. It must be at least 1.")
     if not 0 < cfg.SOLVER.LAYER_DECAY <= 1:
         raise ValueError(f"SOLVER.LAYER_DECAY is {cfg.SOLVER.LAYER_DECAY}. It must be above 0 and at most 1.")
+    world_size = comm.get_world_size()
+    if cfg.SOLVER.IMS_PER_BATCH % world_size:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which the {world_size} processes do not divide."
+        )
     tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
     metrics = [f"{task}/{metric}" for task in tasks for metric in ("AP", "AP50", "AP75", "APs", "APm", "APl")]
-    if cfg.TEST.BEST_METRIC not in metrics:
+    if cfg.TEST.BEST_METRIC not in ("", *metrics):
         raise ValueError(
-            f"TEST.BEST_METRIC is {cfg.TEST.BEST_METRIC!r}. With MODEL.MASK_ON {cfg.MODEL.MASK_ON} it must be one of "
-            f"{', '.join(metrics)}."
+            f"TEST.BEST_METRIC is {cfg.TEST.BEST_METRIC!r}. With MODEL.MASK_ON {cfg.MODEL.MASK_ON} it must be "
+            f"empty or one of {', '.join(metrics)}."
         )
 
 

@@ -62,6 +62,12 @@ class Trainer(DefaultTrainer):
             hooks.insert(index + 1, BestCheckpointer(self.cfg.TEST.EVAL_PERIOD, self.checkpointer, metric))
         return hooks
 
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        # When training is over Detectron2 counts one further; what is saved then is still the last iteration's.
+        state["iteration"] = min(self.iter, self.max_iter - 1)
+        return state
+
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(cfg, model)
@@ -89,7 +95,7 @@ def best_metric(cfg: CfgNode) -> str | None:
         return None
     # Detectron2 names the dataset where there are several; the first one decides.
     prefix = f"{cfg.DATASETS.TEST[0]}/" if len(cfg.DATASETS.TEST) > 1 else ""
-    return prefix + cfg.TEST.BEST_METRIC
+    return prefix + (cfg.TEST.BEST_METRIC or ("segm/AP" if cfg.MODEL.MASK_ON else "bbox/AP"))
 
 
 class Step(SimpleTrainer):
@@ -108,6 +114,7 @@ class Step(SimpleTrainer):
         clip = cfg.SOLVER.CLIP_GRADIENTS
         # An infinite bound leaves gradients as they are, and still measures them.
         self.max_norm = clip.CLIP_VALUE if clip.ENABLED and clip.CLIP_TYPE == FULL_MODEL else math.inf
+        self.norm_type = clip.NORM_TYPE
         self.last_losses: dict[str, float] = {}
 
     def run_step(self) -> None:
@@ -119,24 +126,26 @@ class Step(SimpleTrainer):
                 losses = self.model(data)
         except FloatingPointError as error:
             # Detectron2's RPN sees NaN before there is a loss.
-            raise self._diverged(str(error), self.last_losses, "of the step before") from error
+            raise self._diverged(f"{error} Loss terms of the step before: {self.last_losses or 'none'}.") from error
         self.optimizer.zero_grad()
         sum(losses.values()).backward()
-        self.last_losses, before = {name: loss.item() for name, loss in losses.items()}, self.last_losses
+        before, self.last_losses = self.last_losses, {name: loss.item() for name, loss in losses.items()}
         if not all(map(math.isfinite, self.last_losses.values())):
-            raise self._diverged("The loss is not finite.", self.last_losses, f"(the step before: {before})")
+            raise self._diverged(
+                f"The loss is not finite. Loss terms: {self.last_losses}; of the step before: {before or 'none'}."
+            )
         self._write_metrics(losses, data_time)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm).item()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm, self.norm_type).item()
         if not math.isfinite(norm):
-            raise self._diverged("The gradient is not finite.", self.last_losses, "of this step")
+            raise self._diverged(f"The gradient is not finite. Loss terms: {self.last_losses}.")
         get_event_storage().put_scalar("grad_norm", norm)
         self.optimizer.step()
 
-    def _diverged(self, what: str, losses: dict[str, float], whose: str) -> FloatingPointError:
+    def _diverged(self, what: str) -> FloatingPointError:
         return FloatingPointError(
-            f"Training diverged at iteration {self.iter}. {what} Loss terms: {losses} {whose}. No weights were updated "
-            "in this step and no checkpoint was written; the last one is whole. Try a lower SOLVER.BASE_LR, a longer "
-            "SOLVER.WARMUP_ITERS, MODEL.KARAT.INIT scaled, or SOLVER.AMP.ENABLED False."
+            f"Training diverged at iteration {self.iter}. {what} This step updated no weights and wrote no checkpoint; "
+            "the last one is whole. Try a lower SOLVER.BASE_LR, a longer SOLVER.WARMUP_ITERS, MODEL.KARAT.INIT scaled, "
+            "or SOLVER.AMP.ENABLED False."
         )
 
 
@@ -163,7 +172,8 @@ class BestCheckpointer(HookBase):
             self._keep_if_best()
 
     def after_train(self) -> None:
-        if self.trainer.iter + 1 >= self.trainer.max_iter:
+        # Unlike Detectron2's hooks, not after a failure in the last iteration.
+        if self.trainer.iter >= self.trainer.max_iter:
             self._keep_if_best()
 
     def _keep_if_best(self) -> None:

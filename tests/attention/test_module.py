@@ -71,7 +71,7 @@ def test_relative_positions_equal_detectron2s(grid):
     zeros = torch.zeros(6, num_tokens, num_tokens)
     expected = add_decomposed_rel_pos(zeros, query.reshape(6, num_tokens, 6), rel_pos_h, rel_pos_w, grid, grid)
     key = torch.randn_like(query)
-    longer_query, longer_key = with_rel_pos(0.5 * query, key, query, rel_pos_h, rel_pos_w)
+    longer_query, longer_key = with_rel_pos(query, key, rel_pos_h, rel_pos_w, 0.5)
     torch.testing.assert_close(
         longer_query @ longer_key.transpose(-2, -1),
         0.5 * query @ key.transpose(-2, -1) + expected.reshape(2, 3, num_tokens, num_tokens),

@@ -85,18 +85,18 @@ class Malicious:
         return os.system, ("touch hacked",)
 
 
-@pytest.mark.parametrize("content", ["code", "text", "truncated", "list", "empty"])
+@pytest.mark.parametrize("content", ["code", "text", "truncated", "list", "nested", "empty"])
 def test_foreign_files_are_named_and_run_no_code(tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "w.pth"
     if content == "code":
         torch.save({"model": Malicious()}, path)
-    elif content == "list":
-        torch.save([torch.zeros(1)], path)
+    elif content in ("list", "nested"):
+        torch.save([torch.zeros(1)] if content == "list" else {"state_dict": make_model().state_dict()}, path)
     else:
         torch.save(make_model().state_dict(), path)
         whole = path.read_bytes()
-        path.write_bytes({"text": b"not weights", "truncated": whole[: len(whole) // 2], "empty": b""}[content])
+        path.write_bytes({"text": b"hello", "truncated": whole[: len(whole) // 2], "empty": b""}[content])
     with pytest.raises(ValueError, match=r"w\.pth"):
         load_weights(make_model(), str(path))
     assert not (tmp_path / "hacked").exists()
@@ -114,3 +114,19 @@ def test_no_weights_is_said(caplog):
     with caplog.at_level(logging.INFO):
         SafeCheckpointer(make_model()).resume_or_load("", resume=False)
     assert "training starts from random weights" in caplog.text
+
+
+def test_an_interrupted_save_leaves_the_checkpoint_before_it_whole(tmp_path, monkeypatch):
+    checkpointer = SafeCheckpointer(make_model(), str(tmp_path))
+    checkpointer.save("model_best", iteration=1)
+
+    def fail_halfway(data, path):
+        with open(path, "wb") as file:
+            file.write(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail_halfway)
+    with pytest.raises(OSError, match="No space left"):
+        checkpointer.save("model_best", iteration=2)
+    assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_best.pth")
+    assert torch.load(tmp_path / "model_best.pth", weights_only=True)["iteration"] == 1

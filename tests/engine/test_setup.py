@@ -54,7 +54,10 @@ def test_the_six_rows_of_the_papers_detection_table(configs, variant, start):
         (["SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "sum"], "CLIP_TYPE is 'sum'.*full_model, norm, value"),
         (["SOLVER.LR_SCHEDULER_NAME", "Cosine"], "SOLVER.LR_SCHEDULER_NAME is 'Cosine'.*WarmupCosineLR"),
         (["TEST.BEST_METRIC", "segm/mAP"], "TEST.BEST_METRIC is 'segm/mAP'.*segm/AP"),
-        (["MODEL.MASK_ON", "False"], "TEST.BEST_METRIC is 'segm/AP'. With MODEL.MASK_ON False"),
+        (
+            ["MODEL.MASK_ON", "False", "TEST.BEST_METRIC", "segm/AP"],
+            "TEST.BEST_METRIC is 'segm/AP'. With MODEL.MASK_ON",
+        ),
     ],
 )
 def test_overrides_that_do_not_fit_are_named(configs, opts, message):
