@@ -1,6 +1,7 @@
 """Trains, evaluates and shows the quickstart: everything that `make demo` does after the installation.
 
-Makes the embedded dataset, trains configs/quickstart.yaml on it (on one GPU if there is one, else on the CPU), draws
+Makes the embedded dataset, trains configs/quickstart.yaml on it (on one GPU if there is one, else in a process
+on each core), draws
 the predictions on some validation images, and prints box and mask AP. A finished run is not trained again, and an
 interrupted one goes on from its last checkpoint.
 
@@ -9,6 +10,7 @@ Usage: python tools/demo.py
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -29,9 +31,14 @@ def main() -> None:
         say(f"{OUTPUT} holds a finished run: not training again. To train anew, remove that folder.")
     else:
         gpus = number_of_gpus()
+        processes = 1 if gpus else number_of_cpu_processes()
+        launcher = []
+        if processes > 1:
+            # A process a core is a third faster than a thread a core.
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         run_step(
-            f"Training and evaluating {CONFIG} on {'one GPU' if gpus else 'the CPU'}",
-            *("tools/train_net.py", "--config-file", CONFIG, "--num-gpus", str(gpus), "--resume"),
+            f"Training and evaluating {CONFIG} on {'one GPU' if gpus else f'the CPU, in {processes} processes'}",
+            *(*launcher, "tools/train_net.py", "--config-file", CONFIG, "--num-gpus", str(gpus), "--resume"),
             *("OUTPUT_DIR", str(OUTPUT)),
         )
     run_step(
@@ -50,16 +57,17 @@ def main() -> None:
     print(f"    Pictures, ground truth beside prediction: {ROOT / PICTURES}")
 
 
-def run_step(what: str, script: str, *arguments: str) -> None:
-    """Runs a Python script of the project, its output passing through, and says how long it took.
+def run_step(what: str, *arguments: str) -> None:
+    """Runs Python with `arguments` in the project's folder, its output passing through, and says how long it took.
 
     Raises:
         SystemExit: with the script's exit status, if that is not 0.
     """
     say(what)
-    print(f"    python {' '.join((script, *arguments))}", flush=True)
+    print(f"    python {' '.join(arguments)}", flush=True)
     start = time.monotonic()
-    status = subprocess.run([sys.executable, script, *arguments], cwd=ROOT).returncode
+    environment = {"OMP_NUM_THREADS": "1", **os.environ} if "torch.distributed.run" in arguments else None
+    status = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment).returncode
     if status != 0:
         say(f"Stopped: the step '{what}' failed with exit status {status}. Its message is above.")
         raise SystemExit(status if status > 0 else 128 - status)
@@ -75,6 +83,11 @@ def number_of_gpus() -> int:
     code = "import torch; print(int(torch.cuda.is_available()))"
     result = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
     return int(result.stdout)
+
+
+def number_of_cpu_processes() -> int:
+    """As many as the cores, but a divisor of the config's batch of 8 images."""
+    return max(count for count in (1, 2, 4, 8) if count <= (os.cpu_count() or 1))
 
 
 def is_finished() -> bool:

@@ -36,7 +36,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.AdamW:
             }
         )
     optimizer = torch.optim.AdamW(
-        reduce_param_groups(groups), lr=solver.BASE_LR, betas=tuple(solver.BETAS), eps=solver.EPS
+        reduce_param_groups(groups), lr=solver.BASE_LR, betas=tuple(solver.BETAS), eps=solver.EPS, fused=True
     )
     if solver.CLIP_GRADIENTS.CLIP_TYPE != FULL_MODEL:
         # Detectron2's own ways of clipping go parameter by parameter; the trainer clips by the total norm.
