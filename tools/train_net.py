@@ -31,7 +31,9 @@ def main(args):
         default_setup(cfg, args)
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="karat_det")
         if cfg.MODEL.DEVICE == "cpu" and args.num_gpus > 0:
-            logging.getLogger("karat_det").info("No GPU is used: MODEL.DEVICE is cpu.")
+            logging.getLogger("karat_det").info(
+                "No GPU is used: MODEL.DEVICE is cpu, SOLVER.AMP.ENABLED %s.", cfg.SOLVER.AMP.ENABLED
+            )
         if args.eval_only:
             check_test_datasets(cfg)
             model = Trainer.build_model(cfg)

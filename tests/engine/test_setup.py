@@ -113,3 +113,9 @@ def test_every_key_is_explained():
     cfg = CfgNode({"MODEL": {}, "SOLVER": {}, "INPUT": {}, "TEST": {}})
     add_karat_config(cfg)
     assert set(cfg.MODEL) == {"KARAT", "VIT", "WEIGHTS_STRICT"}
+
+
+def test_the_cpu_trains_in_float32_unless_told_otherwise(configs):
+    path, on_cpu = str(configs / "vitdet_karat.yaml"), ["MODEL.DEVICE", "cpu"]
+    assert not load_cfg(path, on_cpu).SOLVER.AMP.ENABLED
+    assert load_cfg(path, [*on_cpu, "SOLVER.AMP.ENABLED", "True"]).SOLVER.AMP.ENABLED
