@@ -1,9 +1,8 @@
 """Trains, evaluates and shows the quickstart: everything that `make demo` does after the installation.
 
-Makes the embedded dataset, trains configs/quickstart.yaml on it (on one GPU if there is one, else in a process
-on each core), draws
-the predictions on some validation images, and prints box and mask AP. A finished run is not trained again, and an
-interrupted one goes on from its last checkpoint.
+Makes the embedded dataset, trains configs/quickstart.yaml on it (on one GPU if there is one, else in a process on each
+core), draws the predictions on some validation images, and prints box and mask AP. A finished run is not trained again,
+and an interrupted one goes on from its last checkpoint.
 
 Usage: python tools/demo.py
 """

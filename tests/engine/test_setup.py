@@ -4,7 +4,10 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.modeling.roi_heads import FastRCNNConvFCHead
 
+from karat_det.attention import KArAtAttention
 from karat_det.config import add_karat_config
 from karat_det.engine.setup import check_output_dir, load_cfg, run_distributed
 
@@ -119,3 +122,22 @@ def test_the_cpu_trains_in_float32_unless_told_otherwise(configs):
     path, on_cpu = str(configs / "vitdet_karat.yaml"), ["MODEL.DEVICE", "cpu"]
     assert not load_cfg(path, on_cpu).SOLVER.AMP.ENABLED
     assert load_cfg(path, [*on_cpu, "SOLVER.AMP.ENABLED", "True"]).SOLVER.AMP.ENABLED
+
+
+# Leaves with another backbone or other heads; the rest differ in their start.
+BUILT = [path for path in ALL_CONFIGS if "base" not in path.stem and "imagenet" not in path.stem]
+
+
+@pytest.mark.parametrize("path", BUILT, ids=lambda path: path.stem)
+def test_configs_build_their_model(path):
+    cfg = load_cfg(str(path), ["MODEL.DEVICE", "cpu"])
+    model = build_model(cfg)
+    blocks = [type(block.attn) for block in model.backbone.net.blocks]
+    num_karat = 0 if not cfg.MODEL.KARAT.ENABLED else 8 if cfg.MODEL.KARAT.GLOBAL_BLOCKS == "softmax" else len(blocks)
+    assert blocks.count(KArAtAttention) == num_karat
+    operators = {name for name, _ in model.named_parameters() if name.endswith("operator.coefficients")}
+    assert len(operators) == (min(1, num_karat) if cfg.MODEL.KARAT.SHARING == "universal" else num_karat)
+    box_head = model.roi_heads.box_head
+    assert isinstance(box_head, FastRCNNConvFCHead)
+    assert (len(box_head.conv_norm_relus), len(box_head.fcs)) == ((2, 1) if path.stem == "quickstart" else (4, 1))
+    assert len(model.proposal_generator.rpn_head.conv) == 2
