@@ -85,8 +85,8 @@ def number_of_gpus() -> int:
 
 
 def number_of_cpu_processes() -> int:
-    """As many as the cores, but a divisor of the config's batch of 8 images."""
-    return max(count for count in (1, 2, 4, 8) if count <= (os.cpu_count() or 1))
+    """As many as the cores, but a divisor of the config's batch of 4 images."""
+    return max(count for count in (1, 2, 4) if count <= (os.cpu_count() or 1))
 
 
 def is_finished() -> bool:

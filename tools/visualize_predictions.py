@@ -51,7 +51,7 @@ def main(args: argparse.Namespace) -> None:
     try:
         test_set = ["DATASETS.TEST", str((args.dataset,))] if args.dataset else []
         cfg = load_cfg(args.config_file, args.opts + test_set)
-        check_weights_file(args.weights)
+        check_weights_file(args.weights, "--weights")
         if args.dataset:
             check_test_datasets(cfg)
         records = DatasetCatalog.get(args.dataset) if args.dataset else image_records(args.input)
