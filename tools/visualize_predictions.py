@@ -50,7 +50,7 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     try:
         test_set = ["DATASETS.TEST", str((args.dataset,))] if args.dataset else []
-        cfg = load_cfg(args.config_file, args.opts + test_set)
+        cfg = load_cfg(args.config_file, args.opts + test_set, own_data_needed=args.dataset is not None)
         check_weights_file(args.weights, "--weights")
         if args.dataset:
             check_test_datasets(cfg)

@@ -1,6 +1,7 @@
 """From a command line to a checked config and running processes, before anything is built."""
 
 import difflib
+import logging
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -16,13 +17,17 @@ from ..config import add_karat_config
 from ..data.registration import register_from_config
 from .optimizer import FULL_MODEL
 
+logger = logging.getLogger(__name__)
 
-def load_cfg(config_file: str, opts: list[str]) -> CfgNode:
+
+def load_cfg(config_file: str, opts: list[str], own_data_needed: bool = True) -> CfgNode:
     """Reads a YAML config and the overrides behind it, checks both, and registers the datasets of KARAT_DATA.
 
     Args:
         config_file: path of a YAML file, or "" for the defaults.
         opts: keys and values in turn, as on Detectron2's command lines.
+        own_data_needed: if False, files of KARAT_DATA may be absent, as where a model is used and not trained; the log
+            says so and the datasets stay unregistered.
 
     Returns:
         The config, frozen. MODEL.DEVICE is "cpu" where there is no GPU; on the CPU SOLVER.AMP.ENABLED is False unless
@@ -62,7 +67,12 @@ def load_cfg(config_file: str, opts: list[str]) -> CfgNode:
     # More workers than cores only make torch warn.
     cfg.DATALOADER.NUM_WORKERS = min(cfg.DATALOADER.NUM_WORKERS, os.cpu_count() or 1)
     _check(cfg)
-    register_from_config(cfg)
+    try:
+        register_from_config(cfg)
+    except FileNotFoundError as error:
+        if own_data_needed:
+            raise
+        logger.warning("Going on without the datasets of KARAT_DATA: %s", error)
     cfg.freeze()
     return cfg
 
