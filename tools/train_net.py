@@ -35,6 +35,8 @@ def main(args):
                 "No GPU is used: MODEL.DEVICE is cpu, SOLVER.AMP.ENABLED %s.", cfg.SOLVER.AMP.ENABLED
             )
         if args.eval_only:
+            if not cfg.DATASETS.TEST:
+                raise ValueError("DATASETS.TEST is empty; --eval-only needs at least one dataset to evaluate on.")
             check_test_datasets(cfg)
             model = Trainer.build_model(cfg)
             checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR, strict=cfg.MODEL.WEIGHTS_STRICT, complete=True)
