@@ -19,22 +19,34 @@ def add_karat_config(cfg: CN) -> None:
     cfg.MODEL.KARAT = CN()
     # False builds Detectron2's own softmax ViTDet, parameter for parameter: the baseline of every comparison.
     cfg.MODEL.KARAT.ENABLED = True
-    # Family of one-dimensional functions: "fourier".
+    # Family of one-dimensional functions: "fourier", "bspline", "rational", "mexican_hat", "morlet", "dog", "meyer" or
+    # "shannon".
     cfg.MODEL.KARAT.BASIS = "fourier"
-    # Number of frequencies G of the Fourier series, at least 1. The G of the paper's "G1B" and "G3U".
+    # Number of frequencies G of a Fourier series, or of intervals of a B-spline, at least 1. The G of the paper's "G1B"
+    # and "G3U".
     cfg.MODEL.KARAT.GRID_SIZE = 1
-    # Rank r of the operator, from 1 to the number of tokens N that one attention sees.
+    # Rank r of the operator, from 1 to the number of tokens N that one attention sees. None is full rank, for small N.
     cfg.MODEL.KARAT.RANK = 12
     # "blockwise": each block has its own operators. "universal": all blocks hold the very same one.
     cfg.MODEL.KARAT.SHARING = "universal"
     # b(x), added to every function of the series: "zero", "identity", "silu" or "gelu".
     cfg.MODEL.KARAT.BASE_FUNCTION = "zero"
-    # Where the linear projector W stands: "project_after" is W Φ̂(A).
+    # Where the linear projector W stands: "project_after" is W Φ̂(A), "project_before" Φ̂(W A); "two_operators" is
+    # Φ̂₂(Φ̂₁(A)), without W.
     cfg.MODEL.KARAT.ORDER = "project_after"
+    # "simplex" projects each row of the activated attention on the probability simplex; "none" leaves it.
+    cfg.MODEL.KARAT.PROJECTION = "none"
     # "none", or "softmax" for softmax(A) + W Φ̂(A) with W = 0 at the start: a softmax network's exact continuation.
     cfg.MODEL.KARAT.RESIDUAL = "none"
+    # How many of each block's heads are KArAt; the rest are softmax. None is all.
+    cfg.MODEL.KARAT.NUM_KARAT_HEADS = None
     # "scaled" keeps activations at unit scale whatever N and G; "paper" is the paper's a, b ~ N(0, 1).
     cfg.MODEL.KARAT.INIT = "scaled"
+    # Order k and range I of B-splines: pieces of degree k on GRID_SIZE intervals that tile [−I, I].
+    cfg.MODEL.KARAT.SPLINE_ORDER = 3
+    cfg.MODEL.KARAT.SPLINE_RANGE = 3.0
+    # On CUDA, run a Fourier operator as a Triton kernel.
+    cfg.MODEL.KARAT.TRITON = True
     # Blocks that attend to the whole image: "operator" (KArAt; fixes the image size), "softmax",
     # or "window" (make them window blocks too).
     cfg.MODEL.KARAT.GLOBAL_BLOCKS = "operator"

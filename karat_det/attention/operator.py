@@ -2,6 +2,9 @@
 
 A = Q Kᵀ / √d are one head's attention scores, N×N, and A_k is row k. Φ̂ holds r×N learnable functions φ̂_pq, W projects
 r values back to N. Equation 2 and section 4 of "Kolmogorov-Arnold attention", arXiv 2503.10632.
+
+`activate` is that equation. `attend` is its product with the values, which needs no N×N matrix but the scores: W is
+linear, so σ̂(A) V = Φ̂[A] (Wᵀ V), a product of (N, r) and (r, d).
 """
 
 import re
@@ -9,14 +12,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from .basis import BASE_FUNCTIONS, fourier_sum
+from .basis import BASE_FUNCTIONS, MOTHER_WAVELETS, Basis, BSpline, Fourier, Rational, Wavelet
+from .functional import by_rows, fourier_sums
 
 _CHOICES = {
-    "basis": ("fourier",),
+    "basis": ("fourier", "bspline", "rational", *MOTHER_WAVELETS),
     "sharing": ("blockwise", "universal"),
     "base_function": tuple(BASE_FUNCTIONS),
-    "order": ("project_after",),
+    "order": ("project_after", "project_before", "two_operators"),
+    "projection": ("none", "simplex"),
     "residual": ("none", "softmax"),
     "init": ("scaled", "paper"),
 }
@@ -27,18 +33,27 @@ class KArAtConfig:
     """What the learnable operator is made of.
 
     Args:
-        basis: family of the one-dimensional functions: "fourier".
-        grid_size: number of frequencies G, at least 1.
-        rank: rank r of the operator, at least 1 and at most the number of tokens.
+        basis: family of the one-dimensional functions: "fourier", "bspline", "rational", "mexican_hat", "morlet",
+            "dog", "meyer" or "shannon"; see basis.py.
+        grid_size: G, at least 1: number of frequencies of "fourier", of intervals of "bspline".
+        rank: rank r of the operator, from 1 to the number of tokens. None is full rank, Φ̂ alone with N×N functions:
+            for small N.
         sharing: "blockwise" gives each block of a network its own operator, "universal" gives all the same one.
-        base_function: b(x), added to every series: "zero", "identity", "silu" or "gelu".
-        order: "project_after", which is W Φ̂(A).
+        base_function: b(x), added to every function: "zero", "identity", "silu" or "gelu".
+        order: "project_after", which is W Φ̂(A); "project_before", Φ̂(W A), with W r×N and N×r functions; or
+            "two_operators", Φ̂₂(Φ̂₁(A)), without W.
+        projection: "simplex" projects each row of σ̂(A) on the probability simplex. It forms N×N matrices. Or "none".
         residual: "none", or "softmax" for softmax(A) + W Φ̂(A), where W starts at 0: a network trained with softmax
-            then starts as exactly what it was.
-        init: "scaled" draws coefficients of unit variance and W uniform in ±1, and multiplies Φ̂ by the fixed factor
-            1/√(N·G) and W by 1/N, so that neither the output nor what one optimiser step does to it grows with N.
-            "paper" has no fixed factors: coefficients from N(0, 1) (Table 6), and W, of which the paper says nothing,
-            uniform in ±1/√r as a linear layer of r inputs.
+            then starts as exactly what it was. Without W the functions' amplitudes start at 0.
+        num_karat_heads: how many of a block's heads, the first ones, are KArAt; the rest are softmax. None is all.
+        init: "scaled" has coefficients of unit variance and W uniform in ±1, and fixed factors that keep units at unit
+            variance and σ̂ at the scale of 1/N whatever N, G and r: for "project_after" 1/√(N·G) before Φ̂ and 1/N before
+            W. Neither the output nor what one optimiser step does to it then grows with N.
+            "paper" has no fixed factors: Fourier coefficients from N(0, 1) (Table 6), and W, of which the paper says
+            nothing, uniform in ±1/√m as a linear layer of m inputs.
+        spline_order: k of "bspline".
+        spline_range: I of "bspline", whose intervals tile [−I, I].
+        triton: whether a Fourier operator runs as a Triton kernel on CUDA.
 
     Raises:
         ValueError: a field has a value that is not allowed; the message begins with the field's name.
@@ -46,22 +61,41 @@ class KArAtConfig:
 
     basis: str = "fourier"
     grid_size: int = 1
-    rank: int = 12
+    rank: int | None = 12
     sharing: str = "universal"
     base_function: str = "zero"
     order: str = "project_after"
+    projection: str = "none"
     residual: str = "none"
+    num_karat_heads: int | None = None
     init: str = "scaled"
+    spline_order: int = 3
+    spline_range: float = 3.0
+    triton: bool = True
 
     def __post_init__(self):
         for field, choices in _CHOICES.items():
             value = getattr(self, field)
             if value not in choices:
                 raise ValueError(f"{field} is {value!r}, which is unknown. Known: {', '.join(choices)}.")
-        for field in ("grid_size", "rank"):
+        for field, none, least in (
+            ("grid_size", "", 1),
+            ("rank", " It may be None, for full rank.", 1),
+            ("num_karat_heads", " It may be None, for all heads.", 1),
+            ("spline_order", "", 0),
+        ):
             value = getattr(self, field)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{field} is {value!r}. It must be a whole number, at least 1.")
+            if value is None and none:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{field} is {value!r}. It must be a whole number, at least {least}.{none}")
+        if not self.spline_range > 0:
+            raise ValueError(f"spline_range is {self.spline_range!r}. It must be above 0.")
+        if self.rank is None and self.order != "project_after":
+            raise ValueError(
+                f'rank is None, but order "{self.order}" goes through r values. Set a rank, or order "project_after", '
+                "which without W is Φ̂(A) with N×N functions."
+            )
 
     @classmethod
     def parse(cls, shorthand: str, **fields) -> "KArAtConfig":
@@ -93,51 +127,90 @@ class KArAtOperator(nn.Module):
     """The learnable operators of all heads of a block, or of all blocks that share them.
 
     Args:
-        num_heads: number of attention heads; each has an operator of its own.
+        num_heads: number of attention heads; each KArAt head has an operator of its own.
         num_tokens: N, the number of tokens that attend to each other. It is fixed: each column of the scores has its
             own functions.
         config: see KArAtConfig.
 
     Attributes:
-        coefficients: a then b of the Fourier series, of shape (heads, 2, G, N, r); index (…, m − 1, q, p) is that of
-            cos(m x) or sin(m x) in φ̂_pq.
-        projector: W, of shape (heads, N, r).
+        coefficients: of the functions, of shape (heads, *family, N, r), KArAt heads alone. For Fourier, family is
+            (2, G): a then b, index (…, m − 1, q, p) is that of cos(m x) or sin(m x) in φ̂_pq. (…, r, N) for
+            "project_before", (…, N, N) at full rank.
+        projector: W, of shape (heads, N, r); None for "two_operators" and at full rank.
+        outer_coefficients: of Φ̂₂ of "two_operators", of shape (heads, *family, r, N); else None.
+        series_scale, projector_scale, outer_scale: the fixed factors of the three.
 
     Raises:
-        ValueError: the rank is above the number of tokens.
+        ValueError: the rank is above the number of tokens, or there are more KArAt heads than heads.
     """
 
     def __init__(self, num_heads: int, num_tokens: int, config: KArAtConfig):
         super().__init__()
-        if config.rank > num_tokens:
+        if config.rank is not None and config.rank > num_tokens:
             raise ValueError(
                 f"rank is {config.rank}, above the {num_tokens} tokens that attend to each other. "
                 f"It must be from 1 to {num_tokens}."
             )
+        if config.num_karat_heads is not None and config.num_karat_heads > num_heads:
+            raise ValueError(
+                f"num_karat_heads is {config.num_karat_heads}, above the number of heads, {num_heads}. "
+                f"It must be from 1 to {num_heads}, or None for all."
+            )
         self.num_heads = num_heads
+        self.num_karat_heads = config.num_karat_heads or num_heads
         self.num_tokens = num_tokens
         self.config = config
-        self.coefficients = nn.Parameter(torch.empty(num_heads, 2, config.grid_size, num_tokens, config.rank))
-        self.projector = nn.Parameter(torch.empty(num_heads, num_tokens, config.rank))
-        scaled = config.init == "scaled"
-        self.series_scale = (num_tokens * config.grid_size) ** -0.5 if scaled else 1.0
-        self.projector_scale = 1 / num_tokens if scaled else 1.0
+        self.basis = make_basis(config)
+
+        rank = config.rank or num_tokens
+        inputs, units = (rank, num_tokens) if config.order == "project_before" else (num_tokens, rank)
+        self.coefficients = self._parameter(*self.basis.family, inputs, units)
+        has_projector = config.rank is not None and config.order != "two_operators"
+        self.projector = self._parameter(num_tokens, rank) if has_projector else None
+        has_outer = config.order == "two_operators"
+        self.outer_coefficients = self._parameter(*self.basis.family, rank, num_tokens) if has_outer else None
+
+        self.series_scale = self.projector_scale = self.outer_scale = 1.0
+        if config.init == "scaled":
+            self.series_scale = (inputs * self.basis.mean_square) ** -0.5
+            if config.order == "project_before":
+                self.series_scale /= num_tokens
+                self.projector_scale = num_tokens**-0.5
+            elif config.order == "two_operators":
+                self.outer_scale = (rank * self.basis.mean_square) ** -0.5 / num_tokens
+            elif config.rank is None:
+                self.series_scale /= num_tokens
+            else:
+                self.projector_scale = 1 / num_tokens
         self.reset_parameters()
+
+    def _parameter(self, *shape: int) -> nn.Parameter:
+        return nn.Parameter(torch.empty(self.num_karat_heads, *shape))
 
     def reset_parameters(self) -> None:
         """Draws coefficients and projector anew as `config.init` says."""
-        nn.init.normal_(self.coefficients)
-        if self.config.residual == "softmax":
-            nn.init.zeros_(self.projector)
-        else:
-            bound = 1.0 if self.config.init == "scaled" else self.config.rank**-0.5
+        self.basis.reset(self.coefficients)
+        if self.outer_coefficients is not None:
+            self.basis.reset(self.outer_coefficients)
+        if self.projector is not None:
+            num_inputs = self.num_tokens if self.config.order == "project_before" else self.config.rank
+            bound = 1.0 if self.config.init == "scaled" else num_inputs**-0.5
             nn.init.uniform_(self.projector, -bound, bound)
+        if self.config.residual == "softmax":
+            if self.config.order == "project_after" and self.projector is not None:
+                nn.init.zeros_(self.projector)
+            else:
+                last = self.coefficients if self.outer_coefficients is None else self.outer_coefficients
+                with torch.no_grad():
+                    last[:, self.basis.amplitudes] = 0
 
-    def activate(self, scores: Tensor) -> Tensor:
-        """The activated attention σ̂(A) itself, for pictures and for checks. `attend` does not form it.
+    def activate(self, scores: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The activated attention σ̂(A) itself.
 
         Args:
             scores: A, of shape (..., heads, N, N).
+            mask: False where a query does not see a key, broadcastable to the scores. Such a score is in no sum, and
+                its place in the result is 0. Each query must see a key.
 
         Returns:
             σ̂(A), of the same shape; row k holds the weights of the N values for query k.
@@ -145,23 +218,38 @@ class KArAtOperator(nn.Module):
         self._check_tokens(scores.shape[-1])
         with torch.autocast(scores.device.type, enabled=False):
             exact = at_least_float32(scores)
-            activated = self._unit_sums(exact) @ self._scaled_projector(exact.dtype).transpose(-2, -1)
+            ours, rest = exact.split((self.num_karat_heads, self.num_heads - self.num_karat_heads), dim=-3)
+            our_mask = _of_heads(mask, slice(self.num_karat_heads))
+            activated = self._activate(ours, our_mask)
             if self.config.residual == "softmax":
-                activated = activated + exact.softmax(dim=-1)
+                activated = activated + _softmax(ours, our_mask)
+            if self.config.projection == "simplex":
+                activated = project_on_simplex(activated, our_mask)
+            if rest.shape[-3]:
+                rest = _softmax(rest, _of_heads(mask, slice(self.num_karat_heads, None)))
+                activated = torch.cat([activated, rest], dim=-3)
         return activated.to(scores.dtype)
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, scale: float | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None = None,
+        scale: float | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """σ̂(scale · Q Kᵀ + bias) V, in the place of torch's scaled_dot_product_attention.
 
-        W is linear, so σ̂(A) V = Φ̂[A] (Wᵀ V): a product of (N, r) and (r, d), in which the N×N matrix σ̂(A) and its
-        product with V never appear. Scores and phases are float32 under autocast, since m · A in bfloat16 is noise.
+        The N×N matrix σ̂(A) and its product with V do not appear, unless there is a mask or the simplex projection, and
+        the scores are not kept for the backward pass. Scores and phases are float32 under autocast, since m · A in
+        bfloat16 is noise.
 
         Args:
             query, key, value: of shape (..., heads, N, d).
             bias: added to the scores, broadcastable to (..., heads, N, N). It must be finite.
             scale: of the scores; d^−½ unless given.
+            mask: False where a query does not see a key, broadcastable to (..., heads, N, N); see `activate`.
 
         Returns:
             A tensor of value's shape and dtype.
@@ -169,27 +257,124 @@ class KArAtOperator(nn.Module):
         self._check_tokens(key.shape[-2])
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         with torch.autocast(query.device.type, enabled=False):
-            exact = at_least_float32(value)
-            scores = (at_least_float32(query) * scale) @ at_least_float32(key).transpose(-2, -1)
-            if bias is not None:
-                scores = scores + bias
-            mixed_values = self._scaled_projector(exact.dtype).transpose(-2, -1) @ exact  # (..., heads, r, d)
-            output = self._unit_sums(scores) @ mixed_values
+            if mask is not None or self.config.projection == "simplex":
+                exact = at_least_float32(value)
+                return (self.activate(_scores(query, key, bias, scale), mask) @ exact).to(value.dtype)
+            ours = slice(self.num_karat_heads)
+            our_query, our_key, our_value = (x[..., ours, :, :] for x in (query, key, value))
+            our_bias = _of_heads(bias, ours)
+            output = self._attend(our_query, our_key, our_value, our_bias, scale).to(value.dtype)
             if self.config.residual == "softmax":
-                output = output + scores.softmax(dim=-1) @ exact
-        return output.to(value.dtype)
+                output = output + _softmax_attend(our_query, our_key, our_value, our_bias, scale)
+            if self.num_karat_heads < self.num_heads:
+                rest = slice(self.num_karat_heads, None)
+                softmax = (x[..., rest, :, :] for x in (query, key, value))
+                output = torch.cat([output, _softmax_attend(*softmax, _of_heads(bias, rest), scale)], dim=-3)
+        return output
 
-    def _unit_sums(self, scores: Tensor) -> Tensor:
-        """Φ̂[A], of shape (..., heads, N, r), with its fixed factor."""
-        # Scaling the coefficients, not the sums, touches the smaller tensor.
-        sums = fourier_sum(scores, self.coefficients.to(scores.dtype) * self.series_scale)
+    def _activate(self, scores: Tensor, mask: Tensor | None) -> Tensor:
+        """The learnable part of σ̂(A), for KArAt heads."""
+        if self.config.order == "project_before":
+            seen = scores if mask is None else scores * mask
+            inputs = seen @ self._scaled(self.projector, self.projector_scale, scores)
+            activated = self._sums(inputs, self.coefficients, self.series_scale)
+        else:
+            activated = self._sums(scores, self.coefficients, self.series_scale, mask)
+            if self.projector is not None:
+                activated = activated @ self._scaled(self.projector, self.projector_scale, scores).transpose(-2, -1)
+            elif self.outer_coefficients is not None:
+                activated = self._sums(activated, self.outer_coefficients, self.outer_scale)
+        return activated if mask is None else activated * mask
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+        """The product of `_activate` and the values, reassociated so that no N×N matrix is kept."""
+        value = at_least_float32(value)
+        if self.config.order == "project_before":
+            # W (Q Kᵀ) = Q (W K)ᵀ: there is no N×N matrix at all.
+            projector = self._scaled(self.projector, self.projector_scale, value)
+            mixed_key = projector.transpose(-2, -1) @ at_least_float32(key)
+            mixed_bias = None if bias is None else bias @ projector
+            inputs = _scores(query, mixed_key, mixed_bias, scale)
+            return self._mixed_sums(inputs, self.coefficients, self.series_scale, value)
+        if self.config.rank is None:
+
+            def mixed_rows(query: Tensor, bias: Tensor | None = None) -> Tensor:
+                scores = _scores(query, key, bias, scale)
+                return self._mixed_sums(scores, self.coefficients, self.series_scale, value)
+
+            return self._by_rows(mixed_rows, query, key, bias)
+        units = self._score_sums(query, key, bias, scale)
+        if self.outer_coefficients is not None:
+            return self._mixed_sums(units, self.outer_coefficients, self.outer_scale, value)
+        return units @ (self._scaled(self.projector, self.projector_scale, value).transpose(-2, -1) @ value)
+
+    def _score_sums(self, query: Tensor, key: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+        """Φ̂[A], of shape (..., heads, N, r), without keeping A."""
         base_function = BASE_FUNCTIONS[self.config.base_function]
+        # Tracers, such as those that count multiply-adds, see the plain form.
+        if self.config.basis != "fourier" or torch.jit.is_tracing():
+
+            def unit_sums(query: Tensor, bias: Tensor | None = None) -> Tensor:
+                return self._sums(_scores(query, key, bias, scale), self.coefficients, self.series_scale)
+
+            return self._by_rows(unit_sums, query, key, bias)
+
+        query, key = at_least_float32(query), at_least_float32(key)
+        coefficients = self._scaled(self.coefficients, self.series_scale, query)
+        sums = fourier_sums(query, key, coefficients, scale, bias)
         if base_function is not None:
-            sums = sums + base_function(scores).sum(dim=-1, keepdim=True) * self.series_scale
+
+            def base_sums(query: Tensor, bias: Tensor | None = None) -> Tensor:
+                return base_function(_scores(query, key, bias, scale)).sum(dim=-1, keepdim=True) * self.series_scale
+
+            sums = sums + self._by_rows(base_sums, query, key, bias)
         return sums
 
-    def _scaled_projector(self, dtype: torch.dtype) -> Tensor:
-        return self.projector.to(dtype) * self.projector_scale
+    def _sums(self, inputs: Tensor, coefficients: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+        """Φ[x] of one operator with its base function and its fixed factor: (..., rows, M) to (..., rows, P)."""
+        if self.basis.linear:  # the coefficients are the smaller tensor
+            sums = self.basis.sums(inputs, self._scaled(coefficients, scale, inputs), mask)
+        else:
+
+            def rows_sums(inputs: Tensor, mask: Tensor | None = None) -> Tensor:
+                return self.basis.sums(inputs, coefficients.to(inputs.dtype), mask) * scale
+
+            rowwise = [inputs] if mask is None else [inputs, mask.expand(inputs.shape)]
+            sums = by_rows(rows_sums, rowwise, inputs[..., 0, :].numel() * coefficients.shape[-1])
+        base_function = BASE_FUNCTIONS[self.config.base_function]
+        if base_function is not None:
+            base = base_function(inputs) if mask is None else base_function(inputs) * mask
+            sums = sums + base.sum(dim=-1, keepdim=True) * scale
+        return sums
+
+    def _mixed_sums(self, inputs: Tensor, coefficients: Tensor, scale: float, value: Tensor) -> Tensor:
+        """Φ[x] V, where the units of Φ are weights of the values: (..., rows, M) and (..., P, d) to (..., rows, d)."""
+        if not self.basis.linear:
+
+            def mixed_rows(inputs: Tensor) -> Tensor:
+                return self._sums(inputs, coefficients, scale) @ value
+
+            return by_rows(mixed_rows, [inputs], inputs[..., 0, :].numel() * coefficients.shape[-1])
+        # Mixing the units of a linear family is mixing their coefficients.
+        values = value[(..., *(None,) * len(self.basis.family), slice(None), slice(None))]
+        sums = self.basis.sums(inputs, self._scaled(coefficients, scale, value) @ values)
+        base_function = BASE_FUNCTIONS[self.config.base_function]
+        if base_function is not None:
+            sums = sums + base_function(inputs).sum(-1, keepdim=True) * value.sum(-2, keepdim=True) * scale
+        return sums
+
+    def _by_rows(self, function, query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
+        """Applies a function to chunks of queries, with the rows of the bias that belong to them."""
+        scores_per_row = query[..., 0, 0].numel() * key.shape[-2]
+        if bias is None:
+            rowwise = [query]
+        else:
+            rowwise = [query, bias.expand(*bias.shape[:-2], query.shape[-2], bias.shape[-1])]
+        return by_rows(function, rowwise, scores_per_row * self.basis.numbers_per_input(self.coefficients.shape[-1]))
+
+    @staticmethod
+    def _scaled(parameter: Tensor, factor: float, like: Tensor) -> Tensor:
+        return parameter.to(like.dtype) * factor
 
     def _check_tokens(self, num_tokens: int) -> None:
         if num_tokens != self.num_tokens:
@@ -199,11 +384,66 @@ class KArAtOperator(nn.Module):
             )
 
     def extra_repr(self) -> str:
+        config = self.config
         return (
-            f"{self.config.shorthand}, num_heads={self.num_heads}, num_tokens={self.num_tokens}, "
-            f"rank={self.config.rank}, base_function={self.config.base_function}, residual={self.config.residual}, "
-            f"init={self.config.init}"
+            f"{config.shorthand}, basis={config.basis}, num_heads={self.num_heads}, "
+            f"num_karat_heads={self.num_karat_heads}, num_tokens={self.num_tokens}, rank={config.rank}, "
+            f"order={config.order}, base_function={config.base_function}, projection={config.projection}, "
+            f"residual={config.residual}, init={config.init}"
         )
+
+
+def make_basis(config: KArAtConfig) -> Basis:
+    """The family of functions that a config names."""
+    if config.basis == "fourier":
+        return Fourier(config.grid_size)
+    if config.basis == "bspline":
+        return BSpline(config.grid_size, config.spline_order, config.spline_range)
+    return Rational() if config.basis == "rational" else Wavelet(config.basis)
+
+
+def project_on_simplex(rows: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The nearest point of the probability simplex to each row: x = max(y − λ, 0) with λ such that x sums to 1.
+
+    Args:
+        rows: y, of shape (..., N).
+        mask: False where x is to be 0, broadcastable to the rows.
+
+    Source: Algorithm 1 of the paper; Condat, "Fast projection onto the simplex and the l1 ball", 2016.
+    """
+    if mask is not None:
+        rows = rows.masked_fill(~mask, -1e30)  # finite, for the sums below
+    downwards = rows.sort(dim=-1, descending=True).values
+    excess = downwards.cumsum(dim=-1) - 1
+    counts = torch.arange(1, rows.shape[-1] + 1, device=rows.device)
+    support = (downwards * counts > excess).sum(dim=-1, keepdim=True).clamp(min=1)
+    threshold = excess.gather(-1, support - 1) / support
+    return (rows - threshold).clamp(min=0)
+
+
+def _scores(query: Tensor, key: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    scores = (at_least_float32(query) * scale) @ at_least_float32(key).transpose(-2, -1)
+    return scores if bias is None else scores + bias
+
+
+def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
+    return (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(dim=-1)
+
+
+def _softmax_attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    # torch's fused kernels want one type and, on the CPU, one width of all three.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    width = value.shape[-1]
+    padded = F.pad(value, (0, query.shape[-1] - width)) if query.shape[-1] > width else value
+    bias = None if bias is None else bias.to(value.dtype)
+    return F.scaled_dot_product_attention(query, key, padded, attn_mask=bias, scale=scale)[..., :width]
+
+
+def _of_heads(tensor: Tensor | None, heads: slice) -> Tensor | None:
+    """What of a bias or mask, broadcastable to (..., heads, N, N), belongs to some heads."""
+    if tensor is None or tensor.ndim < 3 or tensor.shape[-3] == 1:
+        return tensor
+    return tensor[..., heads, :, :]
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

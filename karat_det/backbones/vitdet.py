@@ -110,7 +110,7 @@ def _replace_attention(net: ViT, cfg: CfgNode, tokens_per_side: int) -> None:
             'would have KArAt. Set GLOBAL_BLOCKS "operator", or MODEL.KARAT.ENABLED False for a softmax model.'
         )
     for side in set(grids.values()):
-        if config.rank > side**2:
+        if config.rank is not None and config.rank > side**2:
             raise ValueError(
                 f"MODEL.KARAT.RANK is {config.rank}, above N = {side}² = {side**2}, the number of tokens that attend "
                 f"to each other. It must be from 1 to {side**2}."

@@ -1,0 +1,210 @@
+"""Sums of learnable functions over rows of attention scores, without keeping the scores.
+
+Of `fourier_sums` autograd keeps query, key and coefficients: the scores, their sines and their cosines are formed again
+in the backward pass. Both passes work in chunks that fit the processor's cache, so that memory grows with N, not with
+N². `by_rows` does as much for any other function of rows, by torch's checkpointing.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# Numbers that a function of rows forms at a time.
+_CHUNK = 2**23
+
+
+def fourier_sums(query: Tensor, key: Tensor, coefficients: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    """Φ̂_p[A_k] = Σ_q Σ_m a_pqm cos(m A_kq) + b_pqm sin(m A_kq), for the scores A = scale · Q Kᵀ + bias.
+
+    Args:
+        query: of shape (..., heads, N, d).
+        key: of shape (..., heads, M, d).
+        coefficients: a then b, of shape (heads, 2, G, M, r), at index (head, a or b, m − 1, q, p).
+        scale: of the product of query and key.
+        bias: added to the scores, broadcastable to (..., heads, N, M).
+
+    Returns:
+        A tensor of shape (..., heads, N, r).
+
+    Source: section 3 of the paper, arXiv 2503.10632.
+    """
+    batch_shape = query.shape[:-3]
+    if bias is not None:
+        bias = bias.expand(*batch_shape, *bias.shape[-3:]) if len(batch_shape) > 1 else bias
+        bias = bias[(None,) * (query.ndim - bias.ndim)]
+        bias = bias.reshape(-1, *bias.shape[-3:])  # each dimension whole or 1
+    query, key = (x.reshape(-1, *x.shape[-3:]) for x in (query, key))
+    sums = _fourier_sums(query, key, coefficients, scale, bias)
+    return sums.reshape(*batch_shape, *sums.shape[1:])
+
+
+def by_rows(function: Callable[..., Tensor], rowwise: list[Tensor], numbers_per_row: int) -> Tensor:
+    """Applies a function to chunks of rows; what it does inside is done again in the backward pass and not kept.
+
+    Args:
+        function: maps chunks of the rowwise tensors, (..., rows, *) each, to a tensor (..., rows, *).
+        rowwise: tensors of shape (..., N, *), cut along N.
+        numbers_per_row: how many numbers the function forms for one row, batch and heads included.
+
+    Returns:
+        The results, joined along N.
+    """
+    if torch.jit.is_tracing():
+        return function(*rowwise)
+    rows = max(1, _CHUNK // numbers_per_row)
+    chunks = zip(*(tensor.split(rows, dim=-2) for tensor in rowwise), strict=True)
+    return torch.cat([checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks], dim=-2)
+
+
+# Operators that torch.compile does not look into: it would unroll the chunks.
+@torch.library.custom_op("karat_det::fourier_sums", mutates_args=())
+def _fourier_sums(query: Tensor, key: Tensor, coefficients: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    batch_size, num_heads, num_rows, _ = query.shape
+    sums = query.new_empty(num_heads, batch_size, num_rows, coefficients.shape[-1])  # heads first: chunks contiguous
+    chunks = _Chunks(query, key)
+    for head, items, rows in chunks:
+        cosine_weights, sine_weights = coefficients[head]  # (G, M, r)
+        scores = chunks.scores(query[items, head, rows] * scale, key[items, head], _part(bias, head, items, rows))
+        chunk_sums = sums[head, items, rows].flatten(0, 1).zero_()
+        for m, sign, cosines, sines in chunks.harmonics(scores, coefficients.shape[2]):
+            chunk_sums.addmm_(cosines.flatten(0, 1), cosine_weights[m - 1], alpha=sign)
+            chunk_sums.addmm_(sines.flatten(0, 1), sine_weights[m - 1], alpha=sign)
+    return sums.transpose(0, 1)
+
+
+@torch.library.custom_op("karat_det::fourier_sums_backward", mutates_args=())
+def _fourier_sums_backward(
+    sums_gradient: Tensor, query: Tensor, key: Tensor, coefficients: Tensor, scale: float, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of query, key, coefficients and bias; the last is empty for None."""
+    query_gradient = query.new_empty(query.transpose(0, 1).shape)
+    key_gradient = key.new_zeros(key.transpose(0, 1).shape)
+    # (heads, 2, G, r, M): a product with the many rows last is the faster one.
+    weights_gradient = coefficients.new_zeros(coefficients.transpose(3, 4).shape)
+    bias_gradient = query.new_zeros(0 if bias is None else bias.shape)
+    chunks = _Chunks(query, key)
+    for head, items, rows in chunks:
+        cosine_weights, sine_weights = coefficients[head].transpose(2, 3)
+        scaled_query = query[items, head, rows] * scale
+        scores = chunks.scores(scaled_query, key[items, head], _part(bias, head, items, rows))
+        unit_gradient = sums_gradient[items, head, rows].flatten(0, 1)
+        scores_gradient, feature_gradient = chunks.memory(1, scores.shape), chunks.memory(2, scores.shape)
+        for m, sign, cosines, sines in chunks.harmonics(scores, coefficients.shape[2]):
+            torch.mm(unit_gradient, sine_weights[m - 1], out=feature_gradient.flatten(0, 1))
+            if m == 1:
+                torch.mul(cosines, feature_gradient, out=scores_gradient)
+            else:
+                scores_gradient.addcmul_(cosines, feature_gradient, value=sign * m)
+            torch.mm(unit_gradient, cosine_weights[m - 1], out=feature_gradient.flatten(0, 1))
+            scores_gradient.addcmul_(sines, feature_gradient, value=-sign * m)
+            weights_gradient[head, 0, m - 1].addmm_(unit_gradient.T, cosines.flatten(0, 1), alpha=sign)
+            weights_gradient[head, 1, m - 1].addmm_(unit_gradient.T, sines.flatten(0, 1), alpha=sign)
+        torch.bmm(scores_gradient, key[items, head], out=query_gradient[head, items, rows])
+        key_gradient[head, items].baddbmm_(scores_gradient.transpose(1, 2), scaled_query)
+        if bias is not None:
+            part = _part(bias_gradient, head, items, rows)
+            part += scores_gradient.sum_to_size(part.shape)
+    query_gradient *= scale
+    return (
+        query_gradient.transpose(0, 1),
+        key_gradient.transpose(0, 1),
+        weights_gradient.transpose(3, 4),
+        bias_gradient,
+    )
+
+
+class _Chunks:
+    """Goes through (head, items of the batch, rows of scores), and has memory for the numbers of one chunk."""
+
+    def __init__(self, query: Tensor, key: Tensor):
+        self.batch_size, self.num_heads, self.num_rows, _ = query.shape
+        row_size = key.shape[2]
+        size = _chunk_size(query.device)
+        self.rows = min(self.num_rows, max(1, size // row_size))
+        self.items = min(self.batch_size, max(1, size // (self.rows * row_size)))
+        self.allocate = partial(query.new_empty, self.items * self.rows * row_size)
+        self.allocated = {}
+
+    def __iter__(self) -> Iterator[tuple[int, slice, slice]]:
+        for head in range(self.num_heads):
+            for item in range(0, self.batch_size, self.items):
+                for row in range(0, self.num_rows, self.rows):
+                    yield head, slice(item, item + self.items), slice(row, row + self.rows)
+
+    def memory(self, name: int, shape: torch.Size) -> Tensor:
+        """Memory that one chunk after the other uses, not initialised."""
+        if name not in self.allocated:
+            self.allocated[name] = self.allocate()
+        return self.allocated[name][: math.prod(shape)].view(shape)
+
+    def scores(self, query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
+        scores = self.memory(0, (len(query), query.shape[1], key.shape[1]))
+        torch.bmm(query, key.transpose(1, 2), out=scores)
+        return scores if bias is None else scores.add_(bias)
+
+    def harmonics(self, scores: Tensor, grid_size: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """Yields m, a sign, and the sign times cos(m A) and sin(m A), for m = 1 to G. It overwrites the scores.
+
+        By Chebyshev, f((m + 1) x) = 2 cos x f(m x) − f((m − 1) x) for cosine and sine. It is one pass over memory, in
+        place, if the result may have the wrong sign: f₊ = f₋ − 2 s₋ s cos x f has the sign s₊ = −s₋.
+        """
+        cosines = torch.cos(scores, out=self.memory(3, scores.shape))
+        sines = scores.sin_()
+        yield 1, 1, cosines, sines
+        before = 1, cosines.new_ones(()), cosines.new_zeros(())
+        now = 1, cosines, sines
+        for m in range(2, grid_size + 1):
+            # Two memories in turn for either, since the first cosine is needed to the end.
+            after = [
+                torch.addcmul(old, cosines, new, value=-2 * before[0] * now[0], out=self.memory(name, scores.shape))
+                for old, new, name in zip(before[1:], now[1:], (4 + m % 2, 6 + m % 2), strict=True)
+            ]
+            before, now = now, (-before[0], *after)
+            yield m, *now
+
+
+def _part(bias: Tensor | None, head: int, items: slice, rows: slice) -> Tensor | None:
+    """What of a bias (B, heads, N, M), each dimension whole or 1, belongs to a chunk."""
+    if bias is None:
+        return None
+    bias = bias[items if len(bias) > 1 else slice(None), head if bias.shape[1] > 1 else 0]
+    return bias[:, rows] if bias.shape[1] > 1 else bias
+
+
+def _chunk_size(device: torch.device) -> int:
+    """Scores that are worked on at a time. Larger chunks leave the processor's cache, smaller ones cost more calls."""
+    return 2**18 * torch.get_num_threads() if device.type == "cpu" else 2**25
+
+
+@_fourier_sums.register_fake
+def _(query, key, coefficients, scale, bias):
+    batch_size, num_heads, num_rows, _ = query.shape
+    return query.new_empty(num_heads, batch_size, num_rows, coefficients.shape[-1]).transpose(0, 1)
+
+
+@_fourier_sums_backward.register_fake
+def _(sums_gradient, query, key, coefficients, scale, bias):
+    return (
+        query.new_empty(query.transpose(0, 1).shape).transpose(0, 1),
+        key.new_empty(key.transpose(0, 1).shape).transpose(0, 1),
+        coefficients.new_empty(coefficients.transpose(3, 4).shape).transpose(3, 4),
+        query.new_empty(0 if bias is None else bias.shape),
+    )
+
+
+def _keep(ctx, inputs, output):
+    query, key, coefficients, ctx.scale, bias = inputs
+    ctx.save_for_backward(query, key, coefficients, bias)
+
+
+def _backward(ctx, sums_gradient):
+    query, key, coefficients, bias = ctx.saved_tensors
+    *gradients, bias_gradient = _fourier_sums_backward(sums_gradient, query, key, coefficients, ctx.scale, bias)
+    return *gradients, None, None if bias is None else bias_gradient
+
+
+_fourier_sums.register_autograd(_backward, setup_context=_keep)
