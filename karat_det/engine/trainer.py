@@ -10,7 +10,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, SimpleTrainer, TrainerBase, create_ddp_model
-from detectron2.engine.hooks import HookBase
+from detectron2.engine.hooks import EvalHook, HookBase
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
@@ -58,9 +58,15 @@ class Trainer(DefaultTrainer):
         metric = best_metric(self.cfg)
         if metric:
             # After the evaluation, before the writers.
-            index = next(i for i, hook in enumerate(hooks) if type(hook).__name__ == "EvalHook")
+            index = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
             hooks.insert(index + 1, BestCheckpointer(self.cfg.TEST.EVAL_PERIOD, self.checkpointer, metric))
         return hooks
+
+    def after_train(self) -> None:
+        if self.iter < self.max_iter:
+            # An error ended the run. In the last iteration Detectron2 would still evaluate what it left behind.
+            self._hooks = [hook for hook in self._hooks if not isinstance(hook, (EvalHook, BestCheckpointer))]
+        super().after_train()
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
@@ -172,9 +178,7 @@ class BestCheckpointer(HookBase):
             self._keep_if_best()
 
     def after_train(self) -> None:
-        # Unlike Detectron2's hooks, not after a failure in the last iteration.
-        if self.trainer.iter >= self.trainer.max_iter:
-            self._keep_if_best()
+        self._keep_if_best()
 
     def _keep_if_best(self) -> None:
         # Only the main process has results.

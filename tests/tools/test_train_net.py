@@ -147,7 +147,8 @@ def test_divergence_names_iteration_and_loss_terms_and_keeps_the_last_checkpoint
     checkpoint["model"][parameter].fill_(float("nan"))
     torch.save(checkpoint, out / "poisoned.pth")
     (out / "last_checkpoint").write_text("poisoned.pth")
-    done = train("--resume", overrides=[*SMALL_MODEL, "SOLVER.MAX_ITER", "9"], fails=True)
+    # Iteration 3 is the last, after which a run is evaluated.
+    done = train("--resume", overrides=[*SMALL_MODEL, "SOLVER.MAX_ITER", "4"], fails=True)
     message = done.stderr.strip().splitlines()[-1]
     assert message.startswith("FloatingPointError: Training diverged at iteration 3.") and reason in message
     # The first step since the run was resumed.
@@ -156,6 +157,7 @@ def test_divergence_names_iteration_and_loss_terms_and_keeps_the_last_checkpoint
         assert "'loss_cls': nan" in message and "'loss_mask': " in message
     assert (out / "model_final.pth").read_bytes() == good
     assert not (out / "model_0000003.pth").exists()
+    assert "Start inference" not in done.stdout
 
 
 class OwnData:
