@@ -37,8 +37,8 @@ def main(args):
         if args.eval_only:
             if not cfg.DATASETS.TEST:
                 raise ValueError("DATASETS.TEST is empty; --eval-only needs at least one dataset to evaluate on.")
-            check_test_datasets(cfg)
             model = Trainer.build_model(cfg)
+            check_test_datasets(cfg)
             checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR, strict=cfg.MODEL.WEIGHTS_STRICT, complete=True)
             checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         else:

@@ -1,4 +1,4 @@
-"""The datasets of a config: registers your own, and loads and checks those of a run before the model is built.
+"""The datasets of a config: registers your own, and loads and checks those of a run before it starts.
 
 Your own data is in COCO format and named in the KARAT_DATA keys. A record is Detectron2's dataset dict: one image's
 file, size, id and annotations. Loading COCO's training set takes half a minute, so it is done once:

@@ -39,9 +39,9 @@ class Trainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode):
         TrainerBase.__init__(self)
         self.cfg = cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
-        # Data first: it is where users err most, and a large model takes long to build.
-        data_loader = self.build_train_loader(cfg)
+        # The model first: its sizes are checked in seconds, while COCO takes half a minute to load.
         model = self.build_model(cfg)
+        data_loader = self.build_train_loader(cfg)
         optimizer = self.build_optimizer(cfg, model)
         on_cpu = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
         model = create_ddp_model(model, broadcast_buffers=False, **on_cpu)
@@ -80,9 +80,8 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
-        return build_detection_train_loader(
-            cfg, dataset=load_checked_dicts(cfg), mapper=build_mapper(cfg, is_train=True)
-        )
+        mapper = build_mapper(cfg, is_train=True)
+        return build_detection_train_loader(cfg, dataset=load_checked_dicts(cfg), mapper=mapper)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):

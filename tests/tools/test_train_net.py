@@ -229,6 +229,15 @@ def no_image_file(own):
     (own.folder / "images" / "3.jpg").unlink()
 
 
+def error_of(*arguments):
+    """What train_net.py says as it stops, called in this process."""
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(TRAIN_NET)["main"](
+            default_argument_parser().parse_args(["--config-file", QUICKSTART, *arguments])
+        )
+    return stop.value.code
+
+
 @pytest.mark.parametrize(
     ("break_it", "overrides", "message"),
     [
@@ -239,8 +248,9 @@ def no_image_file(own):
         ),
         (None, ["DATASETS.TRAIN", "('other',)"], "DATASETS.TRAIN names 'other', but there is no such dataset"),
         (None, ["MODEL.WEIGHTS", "nowhere.pth"], "MODEL.WEIGHTS is 'nowhere.pth', but there is no such file"),
+        # Two mistakes: the one that is found in seconds comes first.
         (
-            None,
+            no_image_file,
             ["MODEL.VIT.IMG_SIZE", "100"],
             "MODEL.VIT.IMG_SIZE is 100, which MODEL.VIT.PATCH_SIZE, 8, does",
         ),
@@ -257,11 +267,8 @@ def no_image_file(own):
 def test_mistakes_end_in_one_line_before_anything_is_trained(own, tmp_path, break_it, overrides, message):
     if break_it:
         break_it(own)
-    arguments = ["--config-file", QUICKSTART, *SMALL_MODEL, *own.overrides(), *overrides]
-    arguments += ["OUTPUT_DIR", str(tmp_path / "out")]
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(TRAIN_NET)["main"](default_argument_parser().parse_args(arguments))
-    assert stop.value.code.startswith("error: ") and message in stop.value.code
+    error = error_of(*SMALL_MODEL, *own.overrides(), *overrides, "OUTPUT_DIR", str(tmp_path / "out"))
+    assert error.startswith("error: ") and message in error
     assert not list((tmp_path / "out").glob("*.pth"))
 
 
