@@ -272,6 +272,23 @@ def test_mistakes_end_in_one_line_before_anything_is_trained(own, tmp_path, brea
     assert not list((tmp_path / "out").glob("*.pth"))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["DATASETS.TEST", "()"], "DATASETS.TEST is empty; --eval-only needs at least one dataset to evaluate on."),
+        (["MODEL.VIT.IMG_SIZE", "100"], "MODEL.VIT.IMG_SIZE is 100"),
+        ([], "1 of the 4 images of"),
+        (["MODEL.WEIGHTS", ""], "MODEL.WEIGHTS names no weights file"),
+    ],
+)
+def test_mistakes_of_eval_only_end_in_one_line_before_anything_is_measured(own, tmp_path, overrides, message):
+    no_image_file(own)
+    (tmp_path / "weights.pth").touch()
+    weights = ["MODEL.WEIGHTS", str(tmp_path / "weights.pth"), "OUTPUT_DIR", str(tmp_path / "out")]
+    error = error_of("--eval-only", *SMALL_MODEL, *own.overrides(), *weights, *overrides)
+    assert error.startswith("error: ") and message in error
+
+
 def test_a_mistake_prints_no_stack_trace(train):
     done = train(overrides=["MODEL.KARAT.GRID_SIZE", "0"], fails=True)
     assert done.stderr.strip() == "error: MODEL.KARAT.GRID_SIZE is 0. It must be a whole number, at least 1."
