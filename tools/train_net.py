@@ -13,7 +13,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from karat_det.checkpoint.loading import SafeCheckpointer, check_weights_file
-from karat_det.data.registration import check_test_datasets
+from karat_det.data.registration import load_checked_test_dicts
 from karat_det.engine.setup import check_output_dir, load_cfg, run_distributed
 from karat_det.engine.trainer import Trainer
 
@@ -37,8 +37,8 @@ def main(args):
         if args.eval_only:
             if not cfg.DATASETS.TEST:
                 raise ValueError("DATASETS.TEST is empty; --eval-only needs at least one dataset to evaluate on.")
-            check_test_datasets(cfg)
             model = Trainer.build_model(cfg)
+            load_checked_test_dicts(cfg)
             checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR, strict=cfg.MODEL.WEIGHTS_STRICT, complete=True)
             checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         else:

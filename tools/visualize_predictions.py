@@ -8,7 +8,6 @@ import sys
 import karat_det  # noqa: F401  before Detectron2, whose imports warn of their own old calls
 
 # isort: split
-from detectron2.data import DatasetCatalog
 from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.modeling import build_model
 from detectron2.utils.logger import setup_logger
@@ -16,7 +15,7 @@ from detectron2.utils.logger import setup_logger
 from karat_det.analysis.predictions import dataset_classes, image_records, picture_paths, predict
 from karat_det.checkpoint.loading import check_weights_file, load_weights
 from karat_det.data.mapper import build_mapper
-from karat_det.data.registration import check_test_datasets
+from karat_det.data.registration import load_checked_test_dicts
 from karat_det.engine.setup import load_cfg
 
 
@@ -52,9 +51,7 @@ def main(args: argparse.Namespace) -> None:
         test_set = ["DATASETS.TEST", str((args.dataset,))] if args.dataset else []
         cfg = load_cfg(args.config_file, args.opts + test_set, own_data_needed=args.dataset is not None)
         check_weights_file(args.weights, "--weights")
-        if args.dataset:
-            check_test_datasets(cfg)
-        records = DatasetCatalog.get(args.dataset) if args.dataset else image_records(args.input)
+        records = load_checked_test_dicts(cfg) if args.dataset else image_records(args.input)
         records = records[: args.max_images]
         classes = dataset_classes(cfg.DATASETS.TEST, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
         os.makedirs(args.output, exist_ok=True)

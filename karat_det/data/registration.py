@@ -1,4 +1,4 @@
-"""The datasets of a config: registers your own, and loads and checks those of a run before the model is built.
+"""The datasets of a config: registers your own, and loads and checks those of a run before it starts.
 
 Your own data is in COCO format and named in the KARAT_DATA keys. A record is Detectron2's dataset dict: one image's
 file, size, id and annotations. Loading COCO's training set takes half a minute, so it is done once:
@@ -118,7 +118,7 @@ def load_checked_dicts(cfg: CfgNode) -> list[Record]:
         loaded = _load(cfg, "DATASETS.TRAIN", name)
         _check_annotations(cfg, name, loaded, training=True)
         records += loaded
-    check_test_datasets(cfg)
+    load_checked_test_dicts(cfg)
     _check_same_classes([*names, *cfg.DATASETS.TEST])
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         num_images = len(records)
@@ -133,18 +133,25 @@ def load_checked_dicts(cfg: CfgNode) -> list[Record]:
     return records
 
 
-def check_test_datasets(cfg: CfgNode) -> None:
-    """Checks the datasets of DATASETS.TEST as `load_checked_dicts` does, for a run that only evaluates.
+def load_checked_test_dicts(cfg: CfgNode) -> list[Record]:
+    """Loads and checks the datasets of DATASETS.TEST, for a run that trains nothing.
 
     Args:
         cfg: config whose KARAT_DATA datasets are registered already.
 
+    Returns:
+        The records of all test datasets, one after another, those without annotations too.
+
     Raises:
         ValueError, FileNotFoundError, OSError: as `load_checked_dicts`.
     """
+    records: list[Record] = []
     for name in cfg.DATASETS.TEST:
-        _check_annotations(cfg, name, _load(cfg, "DATASETS.TEST", name), training=False)
+        loaded = _load(cfg, "DATASETS.TEST", name)
+        _check_annotations(cfg, name, loaded, training=False)
+        records += loaded
     _check_same_classes(cfg.DATASETS.TEST)
+    return records
 
 
 def _load(cfg: CfgNode, key: str, name: str) -> list[Record]:

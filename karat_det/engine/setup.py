@@ -14,6 +14,7 @@ from detectron2.engine import launch
 from detectron2.utils import comm
 
 from ..config import add_karat_config
+from ..data.mapper import build_augmentation
 from ..data.registration import register_from_config
 from .optimizer import FULL_MODEL
 
@@ -131,15 +132,17 @@ def run_distributed(main: Callable[..., Any], args: Any) -> None:
 
 
 def _check(cfg: CfgNode) -> None:
-    """Checks the keys that no builder checks before hours have passed."""
+    """Checks the keys that no builder checks before the datasets have been read or hours have passed."""
     clip = cfg.SOLVER.CLIP_GRADIENTS
     for key, value, allowed in (
         ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", clip.CLIP_TYPE, (FULL_MODEL, "norm", "value")),
         ("SOLVER.LR_SCHEDULER_NAME", cfg.SOLVER.LR_SCHEDULER_NAME, ("WarmupMultiStepLR", "WarmupCosineLR")),
         ("INPUT.MASK_FORMAT", cfg.INPUT.MASK_FORMAT, ("polygon", "bitmask")),
+        ("INPUT.CROP.TYPE", cfg.INPUT.CROP.TYPE, ("relative", "relative_range", "absolute", "absolute_range")),
     ):
         if value not in allowed:
             raise ValueError(f"{key} is {value!r}, which is unknown. Known: {', '.join(allowed)}.")
+    build_augmentation(cfg, is_train=True)
     for key in ("MAX_ITER", "IMS_PER_BATCH", "CHECKPOINT_PERIOD"):
         if cfg.SOLVER[key] < 1:
             raise ValueError(f"SOLVER.{key} is {cfg.SOLVER[key]}. It must be at least 1.")

@@ -10,7 +10,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, SimpleTrainer, TrainerBase, create_ddp_model
-from detectron2.engine.hooks import HookBase
+from detectron2.engine.hooks import EvalHook, HookBase
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
@@ -39,9 +39,9 @@ class Trainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode):
         TrainerBase.__init__(self)
         self.cfg = cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
-        # Data first: it is where users err most, and a large model takes long to build.
-        data_loader = self.build_train_loader(cfg)
+        # The model first: its sizes are checked in seconds, while COCO takes half a minute to load.
         model = self.build_model(cfg)
+        data_loader = self.build_train_loader(cfg)
         optimizer = self.build_optimizer(cfg, model)
         on_cpu = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
         model = create_ddp_model(model, broadcast_buffers=False, **on_cpu)
@@ -58,9 +58,15 @@ class Trainer(DefaultTrainer):
         metric = best_metric(self.cfg)
         if metric:
             # After the evaluation, before the writers.
-            index = next(i for i, hook in enumerate(hooks) if type(hook).__name__ == "EvalHook")
+            index = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
             hooks.insert(index + 1, BestCheckpointer(self.cfg.TEST.EVAL_PERIOD, self.checkpointer, metric))
         return hooks
+
+    def after_train(self) -> None:
+        if self.iter < self.max_iter:
+            # An error ended the run. In the last iteration Detectron2 would still evaluate what it left behind.
+            self._hooks = [hook for hook in self._hooks if not isinstance(hook, (EvalHook, BestCheckpointer))]
+        super().after_train()
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
@@ -74,9 +80,8 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
-        return build_detection_train_loader(
-            cfg, dataset=load_checked_dicts(cfg), mapper=build_mapper(cfg, is_train=True)
-        )
+        mapper = build_mapper(cfg, is_train=True)
+        return build_detection_train_loader(cfg, dataset=load_checked_dicts(cfg), mapper=mapper)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
@@ -172,9 +177,7 @@ class BestCheckpointer(HookBase):
             self._keep_if_best()
 
     def after_train(self) -> None:
-        # Unlike Detectron2's hooks, not after a failure in the last iteration.
-        if self.trainer.iter >= self.trainer.max_iter:
-            self._keep_if_best()
+        self._keep_if_best()
 
     def _keep_if_best(self) -> None:
         # Only the main process has results.

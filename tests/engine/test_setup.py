@@ -56,6 +56,8 @@ def test_the_six_rows_of_the_papers_detection_table(configs, variant, start):
         (["SOLVER.LAYER_DECAY", "1.5"], "SOLVER.LAYER_DECAY is 1.5"),
         (["SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "sum"], "CLIP_TYPE is 'sum'.*full_model, norm, value"),
         (["SOLVER.LR_SCHEDULER_NAME", "Cosine"], "SOLVER.LR_SCHEDULER_NAME is 'Cosine'.*WarmupCosineLR"),
+        (["INPUT.RESIZE", "stretch"], "INPUT.RESIZE is 'stretch'.*'fixed' or 'lsj'"),
+        (["INPUT.CROP.ENABLED", "True", "INPUT.CROP.TYPE", "half"], "INPUT.CROP.TYPE is 'half'.*relative_range"),
         (["TEST.BEST_METRIC", "segm/mAP"], "TEST.BEST_METRIC is 'segm/mAP'.*segm/AP"),
         (
             ["MODEL.MASK_ON", "False", "TEST.BEST_METRIC", "segm/AP"],

@@ -4,6 +4,7 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import TrainerBase
+from detectron2.engine.hooks import EvalHook
 from detectron2.utils.events import EventStorage
 
 from karat_det.checkpoint.loading import SafeCheckpointer
@@ -66,6 +67,32 @@ def test_the_best_value_outlives_a_resume(tmp_path):
 def test_a_last_evaluation_that_is_the_best_is_saved_under_the_last_iteration(tmp_path):
     Run(tmp_path, [1.0, 2.0]).run(0, 4)
     assert best(tmp_path)["trainer"]["iteration"] == 3
+
+
+@pytest.mark.parametrize("iteration", [0, 2, 3])
+def test_a_run_that_an_error_ends_is_not_evaluated_and_keeps_its_checkpoint(tmp_path, iteration):
+    run, evaluated = Run(tmp_path, [1.0, 2.0]), []
+    run.register_hooks([EvalHook(2, lambda: evaluated.append(run.iter))])
+    steps = run.run_step
+
+    def step_or_fail():
+        steps()
+        if run.iter == iteration:
+            raise FloatingPointError(f"diverged at {iteration}")
+
+    run.run_step = step_or_fail
+    with pytest.raises(FloatingPointError, match=f"diverged at {iteration}"):
+        run.run(0, 4)
+    assert evaluated == [1] * (iteration > 1)
+    if iteration > 1:
+        assert best(tmp_path)["trainer"]["iteration"] == 1
+
+
+def test_a_run_that_ends_well_is_evaluated_last(tmp_path):
+    run, evaluated = Run(tmp_path, [1.0, 2.0]), []
+    run.register_hooks([EvalHook(2, lambda: evaluated.append(run.iter))])
+    run.run(0, 4)
+    assert evaluated == [1, 4]
 
 
 def test_metric_of_the_best_checkpoint(configs):

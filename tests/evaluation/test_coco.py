@@ -19,12 +19,13 @@ from detectron2.evaluation import COCOEvaluator, coco_evaluation
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from faster_coco_eval import COCO as FasterCOCO
+from faster_coco_eval import COCOeval_faster
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from karat_det.evaluation.coco import FasterCOCOEvaluator, _COCOeval
+from karat_det.evaluation.coco import FasterCOCOEvaluator
 
 TASKS = ("bbox", "segm")
 
@@ -129,7 +130,7 @@ def sums(coco_class: type, eval_class: type, dataset: dict, results: list[dict],
 
 def assert_same_figures(dataset: dict, results: list[dict], task: str) -> np.ndarray:
     plain = sums(COCO, COCOeval, dataset, results, task)
-    fast = sums(FasterCOCO, _COCOeval, dataset, results, task)
+    fast = sums(FasterCOCO, COCOeval_faster, dataset, results, task)
     assert len(plain.stats) == len(fast.stats) == 12
     np.testing.assert_allclose(fast.stats, plain.stats, rtol=0, atol=1e-12)
     for name in ("precision", "recall", "scores"):
@@ -179,12 +180,17 @@ def as_outputs(dataset: dict, results: list[dict]) -> list[tuple[dict, dict]]:
     return pairs
 
 
-def evaluate(evaluator, pairs: list[tuple[dict, dict]]) -> dict:
+def approximately(results: dict) -> dict:
+    """What results must equal up to rounding; nan equals nan."""
+    return {task: pytest.approx(figures, rel=0, abs=1e-9, nan_ok=True) for task, figures in results.items()}
+
+
+def evaluate(evaluator, pairs: list[tuple[dict, dict]], img_ids: list[int] | None = None) -> dict:
     evaluator.reset()
     for inputs, outputs in pairs:
         evaluator.process([inputs], [outputs])
     with contextlib.redirect_stdout(io.StringIO()):
-        return evaluator.evaluate()
+        return evaluator.evaluate(img_ids)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -237,10 +243,8 @@ def test_results_and_files_equal_detectron2s(named_dataset, tmp_path):
     fast = FasterCOCOEvaluator(name, TASKS, distributed=False, output_dir=str(tmp_path / "fast"))
     expected, found = evaluate(plain, pairs), evaluate(fast, pairs)
     assert list(found) == list(TASKS)
+    assert found == approximately(expected)
     for task in TASKS:
-        assert found[task].keys() == expected[task].keys()
-        for metric, value in expected[task].items():
-            assert found[task][metric] == pytest.approx(value, rel=0, abs=1e-9, nan_ok=True)
         assert found[task]["AP"] > 0
         assert np.isnan(found[task]["AP-class 3"])
     results = [tmp_path / side / "coco_instances_results.json" for side in ("plain", "fast")]
@@ -259,15 +263,41 @@ def test_log_has_summary_and_classes_and_names_who_did_the_sums(named_dataset, c
     assert "Per-category segm AP" in caplog.text
     assert "class 1" in caplog.text
     assert "Falling back" not in caplog.text
+    # Its progress, in the words of its functions, is nobody's concern.
+    assert "COCOeval_opt" not in caplog.text
     assert "with official COCO API" not in caplog.text
 
 
-def test_detectron2s_own_evaluator_is_left_as_it_was(named_dataset):
-    before = coco_evaluation.COCOeval_opt
+def test_neither_of_detectron2s_own_evaluators_is_used(named_dataset, monkeypatch):
+    for name in ("COCOeval", "COCOeval_opt"):
+        monkeypatch.setattr(coco_evaluation, name, None)
     rng = np.random.default_rng(4)
     dataset = random_dataset(rng, num_images=2, num_classes=2, crowds=False)
-    evaluate(FasterCOCOEvaluator(named_dataset(dataset), TASKS, distributed=False), as_outputs(dataset, []))
-    assert coco_evaluation.COCOeval_opt is before
+    evaluator = FasterCOCOEvaluator(named_dataset(dataset), TASKS, distributed=False)
+    assert evaluate(evaluator, as_outputs(dataset, perturbed(dataset, rng, 10, 2)))["segm"]["AP"] > 0
+
+
+def test_some_of_the_images_and_tasks_read_off_the_predictions_equal_detectron2s(named_dataset):
+    rng = np.random.default_rng(9)
+    dataset = random_dataset(rng, num_images=4, num_classes=2, crowds=True)
+    pairs, name = as_outputs(dataset, perturbed(dataset, rng, score_levels=5, copies=3)), named_dataset(dataset)
+    some = [image["id"] for image in dataset["images"][1:3]]
+    plain = evaluate(COCOEvaluator(name, distributed=False, use_fast_impl=False), pairs, some)
+    assert evaluate(FasterCOCOEvaluator(name, distributed=False), pairs, some) == approximately(plain)
+    assert evaluate(FasterCOCOEvaluator(name, distributed=False), pairs) != approximately(plain)
+
+
+def test_a_json_without_annotations_gets_its_predictions_written_and_nothing_measured(named_dataset, tmp_path, caplog):
+    rng = np.random.default_rng(10)
+    dataset = random_dataset(rng, num_images=2, num_classes=1, crowds=False)
+    results = perturbed(dataset, rng, score_levels=5, copies=3)
+    pairs = as_outputs(dataset, results)
+    del dataset["annotations"]
+    evaluator = FasterCOCOEvaluator(named_dataset(dataset), TASKS, distributed=False, output_dir=str(tmp_path / "out"))
+    caplog.set_level(logging.INFO)
+    assert evaluate(evaluator, pairs) == {}
+    assert "has no annotations: nothing is measured" in caplog.text
+    assert len(json.loads((tmp_path / "out" / "coco_instances_results.json").read_text())) == len(results)
 
 
 def test_no_predictions_gives_nan(named_dataset):

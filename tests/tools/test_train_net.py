@@ -147,7 +147,8 @@ def test_divergence_names_iteration_and_loss_terms_and_keeps_the_last_checkpoint
     checkpoint["model"][parameter].fill_(float("nan"))
     torch.save(checkpoint, out / "poisoned.pth")
     (out / "last_checkpoint").write_text("poisoned.pth")
-    done = train("--resume", overrides=[*SMALL_MODEL, "SOLVER.MAX_ITER", "9"], fails=True)
+    # Iteration 3 is the last, after which a run is evaluated.
+    done = train("--resume", overrides=[*SMALL_MODEL, "SOLVER.MAX_ITER", "4"], fails=True)
     message = done.stderr.strip().splitlines()[-1]
     assert message.startswith("FloatingPointError: Training diverged at iteration 3.") and reason in message
     # The first step since the run was resumed.
@@ -156,6 +157,7 @@ def test_divergence_names_iteration_and_loss_terms_and_keeps_the_last_checkpoint
         assert "'loss_cls': nan" in message and "'loss_mask': " in message
     assert (out / "model_final.pth").read_bytes() == good
     assert not (out / "model_0000003.pth").exists()
+    assert "Start inference" not in done.stdout
 
 
 class OwnData:
@@ -227,6 +229,15 @@ def no_image_file(own):
     (own.folder / "images" / "3.jpg").unlink()
 
 
+def error_of(*arguments):
+    """What train_net.py says as it stops, called in this process."""
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(TRAIN_NET)["main"](
+            default_argument_parser().parse_args(["--config-file", QUICKSTART, *arguments])
+        )
+    return stop.value.code
+
+
 @pytest.mark.parametrize(
     ("break_it", "overrides", "message"),
     [
@@ -237,8 +248,9 @@ def no_image_file(own):
         ),
         (None, ["DATASETS.TRAIN", "('other',)"], "DATASETS.TRAIN names 'other', but there is no such dataset"),
         (None, ["MODEL.WEIGHTS", "nowhere.pth"], "MODEL.WEIGHTS is 'nowhere.pth', but there is no such file"),
+        # Two mistakes: the one that is found in seconds comes first.
         (
-            None,
+            no_image_file,
             ["MODEL.VIT.IMG_SIZE", "100"],
             "MODEL.VIT.IMG_SIZE is 100, which MODEL.VIT.PATCH_SIZE, 8, does",
         ),
@@ -255,12 +267,26 @@ def no_image_file(own):
 def test_mistakes_end_in_one_line_before_anything_is_trained(own, tmp_path, break_it, overrides, message):
     if break_it:
         break_it(own)
-    arguments = ["--config-file", QUICKSTART, *SMALL_MODEL, *own.overrides(), *overrides]
-    arguments += ["OUTPUT_DIR", str(tmp_path / "out")]
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(TRAIN_NET)["main"](default_argument_parser().parse_args(arguments))
-    assert stop.value.code.startswith("error: ") and message in stop.value.code
+    error = error_of(*SMALL_MODEL, *own.overrides(), *overrides, "OUTPUT_DIR", str(tmp_path / "out"))
+    assert error.startswith("error: ") and message in error
     assert not list((tmp_path / "out").glob("*.pth"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["DATASETS.TEST", "()"], "DATASETS.TEST is empty; --eval-only needs at least one dataset to evaluate on."),
+        (["MODEL.VIT.IMG_SIZE", "100"], "MODEL.VIT.IMG_SIZE is 100"),
+        ([], "1 of the 4 images of"),
+        (["MODEL.WEIGHTS", ""], "MODEL.WEIGHTS names no weights file"),
+    ],
+)
+def test_mistakes_of_eval_only_end_in_one_line_before_anything_is_measured(own, tmp_path, overrides, message):
+    no_image_file(own)
+    (tmp_path / "weights.pth").touch()
+    weights = ["MODEL.WEIGHTS", str(tmp_path / "weights.pth"), "OUTPUT_DIR", str(tmp_path / "out")]
+    error = error_of("--eval-only", *SMALL_MODEL, *own.overrides(), *weights, *overrides)
+    assert error.startswith("error: ") and message in error
 
 
 def test_a_mistake_prints_no_stack_trace(train):
