@@ -47,15 +47,19 @@ def add_karat_config(cfg: CN) -> None:
     cfg.MODEL.KARAT.SPLINE_RANGE = 3.0
     # On CUDA, run a Fourier operator as a Triton kernel.
     cfg.MODEL.KARAT.TRITON = True
-    # Blocks that attend to the whole image: "operator" (KArAt; fixes the image size), "softmax",
-    # or "window" (make them window blocks too).
+    # Indices of the blocks that get KArAt; [] is all. The others stay as they are in the softmax model.
+    cfg.MODEL.KARAT.BLOCKS = []
+    # What those of BLOCKS that attend to the whole image become: "operator" (KArAt; fixes the image size),
+    # "softmax" (no KArAt), or "window" (window blocks with KArAt).
     cfg.MODEL.KARAT.GLOBAL_BLOCKS = "operator"
 
     # Plain vision transformer and simple feature pyramid, built as Detectron2's ViT and SimpleFeaturePyramid.
     cfg.MODEL.VIT = CN()
-    # Side of the square input, in pixels. Images are resized or padded to it.
+    # Height of the input in pixels, and its width unless IMG_WIDTH gives one. Images are resized or padded to it.
     cfg.MODEL.VIT.IMG_SIZE = 224
-    # Side of a patch, in pixels. It must divide IMG_SIZE.
+    # Width of the input in pixels; 0 is IMG_SIZE, a square.
+    cfg.MODEL.VIT.IMG_WIDTH = 0
+    # Side of a patch, in pixels. It must divide height and width.
     cfg.MODEL.VIT.PATCH_SIZE = 16
     # Width, depth and heads: 192, 12, 3 is ViT-Tiny; 384, 12, 6 is ViT-Small; 768, 12, 12 is ViT-Base.
     cfg.MODEL.VIT.EMBED_DIM = 768
@@ -67,7 +71,7 @@ def add_karat_config(cfg: CN) -> None:
     cfg.MODEL.VIT.QKV_BIAS = True
     # Stochastic depth of the last block; it rises linearly from 0 in the first.
     cfg.MODEL.VIT.DROP_PATH_RATE = 0.1
-    # Side of an attention window, in patches. With KArAt it must divide IMG_SIZE / PATCH_SIZE.
+    # Side of an attention window, in patches. With KArAt it must divide the patches on each side of the image.
     cfg.MODEL.VIT.WINDOW_SIZE = 14
     # Blocks that attend within windows; the others attend to the whole image.
     cfg.MODEL.VIT.WINDOW_BLOCKS = [0, 1, 3, 4, 6, 7, 9, 10]
@@ -84,11 +88,14 @@ def add_karat_config(cfg: CN) -> None:
 
     # Learning rate of block i of L, of the rate of the heads: LAYER_DECAY ** (L - i). 1.0 is one rate for all.
     cfg.SOLVER.LAYER_DECAY = 1.0
+    # Learning rate of the operators' coefficients and projectors over that of the block that they are in.
+    cfg.SOLVER.OPERATOR_LR_FACTOR = 1.0
     # AdamW's betas and epsilon.
     cfg.SOLVER.BETAS = (0.9, 0.999)
     cfg.SOLVER.EPS = 1e-6
 
-    # "fixed": resize to IMG_SIZE × IMG_SIZE. "lsj": large-scale jitter and crop to it; test images keep their shape.
+    # "fixed": resize to the model's height and width. "lsj": large-scale jitter and crop to them; test images keep
+    # their shape.
     cfg.INPUT.RESIZE = "fixed"
     # Range of the factors that large-scale jitter draws from.
     cfg.INPUT.LSJ_SCALE = (0.1, 2.0)
@@ -102,3 +109,9 @@ def add_karat_config(cfg: CN) -> None:
     cfg.KARAT_DATA.NAMES = []
     cfg.KARAT_DATA.JSONS = []
     cfg.KARAT_DATA.IMAGE_DIRS = []
+
+
+def image_size(cfg: CN) -> tuple[int, int]:
+    """(height, width), in pixels, of the images that the model takes."""
+    vit = cfg.MODEL.VIT
+    return vit.IMG_SIZE, vit.IMG_WIDTH or vit.IMG_SIZE

@@ -22,7 +22,8 @@ class KArAtAttention(nn.Module):
         use_rel_pos: whether decomposed relative positions are added to the scores (section 4 of MViTv2,
             arXiv 2112.01526, as in Detectron2).
         rel_pos_zero_init: whether these start at zero; else from a truncated normal of deviation 0.02.
-        input_size: (H, W) of the token grid, H · W = num_tokens; needed for relative positions.
+        input_size: (H, W) of the token grid, H · W = num_tokens; needed for relative positions, and by whoever
+            resamples the operator to another grid.
         proj_drop: dropout after the output projection.
         operator: one that this module shares with others (`sharing="universal"`). It is used but not registered here,
             so whoever shares it must register it once. None makes one that belongs to this module.
@@ -49,6 +50,7 @@ class KArAtAttention(nn.Module):
         if dim % num_heads:
             raise ValueError(f"num_heads is {num_heads}, which does not divide dim, {dim}.")
         self.num_heads = num_heads
+        self.input_size = input_size
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)

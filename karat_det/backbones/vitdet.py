@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
@@ -18,6 +19,7 @@ from detectron2.modeling.backbone.vit import SimpleFeaturePyramid, ViT
 
 from ..attention.module import KArAtAttention
 from ..attention.operator import KArAtConfig, KArAtOperator
+from ..config import image_size
 
 GLOBAL_BLOCKS = ("operator", "softmax", "window")
 SCALE_FACTORS = (4.0, 2.0, 1.0, 0.5)
@@ -27,8 +29,8 @@ SCALE_FACTORS = (4.0, 2.0, 1.0, 0.5)
 def build_vitdet_karat_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SimpleFeaturePyramid:
     """Builds ViTDet's backbone with KArAt in its blocks, from MODEL.VIT, MODEL.KARAT and MODEL.FPN.
 
-    With MODEL.KARAT.ENABLED False it is Detectron2's own, key for key. A universal operator is `net.operator`; the
-    operators of blockwise sharing are `net.blocks.<i>.attn.operator`.
+    With MODEL.KARAT.ENABLED False it is Detectron2's own, key for key. A universal operator, shared by the blocks that
+    have KArAt, is `net.operator`; the operators of blockwise sharing are `net.blocks.<i>.attn.operator`.
 
     Args:
         cfg: a config with the keys of `add_karat_config`.
@@ -38,9 +40,10 @@ def build_vitdet_karat_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SimpleF
         ValueError: sizes do not fit each other, or a key has a value that is not allowed.
     """
     vit = cfg.MODEL.VIT
-    tokens_per_side = _check_sizes(cfg)
+    _check_sizes(cfg)
+    height, width = image_size(cfg)
     net = ViT(
-        img_size=vit.IMG_SIZE,
+        img_size=height,
         patch_size=vit.PATCH_SIZE,
         in_chans=input_shape.channels,
         embed_dim=vit.EMBED_DIM,
@@ -56,21 +59,28 @@ def build_vitdet_karat_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SimpleF
         pretrain_img_size=vit.PRETRAIN_IMG_SIZE,
         pretrain_use_cls_token=vit.PRETRAIN_USE_CLS_TOKEN,
     )
+    if vit.USE_REL_POS and height != width:
+        for block in net.blocks:
+            if not block.window_size:
+                # Detectron2 has made it for a square, and would stretch it with every image.
+                columns = 2 * (width // vit.PATCH_SIZE) - 1
+                block.attn.rel_pos_w = nn.Parameter(torch.zeros(columns, block.attn.rel_pos_w.shape[1]))
     if cfg.MODEL.KARAT.ENABLED:
         # One seed then starts pyramid and heads alike, whichever attention the blocks have.
         with torch.random.fork_rng(devices=[]):
-            _replace_attention(net, cfg, tokens_per_side)
+            _replace_attention(net, cfg)
     top_block = LastLevelMaxPool()
     # It pools the coarsest level, which is p5 only for strides of up to 32 pixels.
     top_block.in_feature = f"p{round(math.log2(vit.PATCH_SIZE / vit.SCALE_FACTORS[-1]))}"
-    pyramid = SimpleFeaturePyramid(
+    pyramid = PaddingFeaturePyramid(
         net,
+        image_size=(height, width),
         in_feature="last_feat",
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
         scale_factors=vit.SCALE_FACTORS,
         top_block=top_block,
         norm=cfg.MODEL.FPN.NORM,
-        square_pad=vit.IMG_SIZE,
+        square_pad=height if height == width else 0,
     )
     _check_levels(cfg, list(pyramid.output_shape()))
     return pyramid
@@ -89,45 +99,63 @@ def karat_config(cfg: CfgNode) -> KArAtConfig:
         raise ValueError(f"MODEL.KARAT.{field.upper()} {complaint}") from None
 
 
-def _replace_attention(net: ViT, cfg: CfgNode, tokens_per_side: int) -> None:
+class PaddingFeaturePyramid(SimpleFeaturePyramid):
+    """Detectron2's pyramid, which pads images, on the right and below, to the one size that its ViT was made for.
+
+    Detectron2 itself pads a batch to a square or to its largest image.
+
+    Args:
+        net: the ViT.
+        image_size: (height, width), in pixels.
+        arguments: those of SimpleFeaturePyramid.
+    """
+
+    def __init__(self, net: ViT, image_size: tuple[int, int], **arguments):
+        super().__init__(net, **arguments)
+        self.image_size = image_size
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        missing = [max(0, size - given) for size, given in zip(self.image_size, x.shape[-2:], strict=True)]
+        return super().forward(F.pad(x, (0, missing[1], 0, missing[0])) if any(missing) else x)
+
+
+def _replace_attention(net: ViT, cfg: CfgNode) -> None:
     """Puts KArAt in the place of softmax in every block that is to have it."""
     config = karat_config(cfg)
     vit = cfg.MODEL.VIT
-    grids = {}  # side of the token grid that each block attends to
-    for index, block in enumerate(net.blocks):
-        if block.window_size or cfg.MODEL.KARAT.GLOBAL_BLOCKS == "operator":
-            grids[index] = block.window_size or tokens_per_side
+    grids = _karat_grids(cfg)
     if config.sharing == "universal" and len(set(grids.values())) > 1:
+        window, image = (f"{rows} × {columns} = {rows * columns}" for rows, columns in _grids(cfg))
         raise ValueError(
             f"MODEL.KARAT.SHARING is universal, but N, the number of tokens that attend to each other, differs between "
-            f"blocks: {vit.WINDOW_SIZE}² = {vit.WINDOW_SIZE**2} in window blocks (MODEL.VIT.WINDOW_SIZE), "
-            f"{tokens_per_side}² = {tokens_per_side**2} in global ones (MODEL.VIT.IMG_SIZE / PATCH_SIZE). Set "
-            'MODEL.KARAT.SHARING blockwise, or MODEL.KARAT.GLOBAL_BLOCKS "softmax" or "window".'
+            f"blocks: {window} in window blocks (MODEL.VIT.WINDOW_SIZE), {image} in global ones (MODEL.VIT.IMG_SIZE "
+            "and IMG_WIDTH / PATCH_SIZE). Set MODEL.KARAT.SHARING blockwise, or MODEL.KARAT.GLOBAL_BLOCKS "
+            '"softmax" or "window", or choose MODEL.KARAT.BLOCKS of one kind.'
         )
-    if not grids:
+    rows, columns = min(grids.values(), key=math.prod)
+    if config.rank is not None and config.rank > rows * columns:
         raise ValueError(
-            f"MODEL.KARAT.GLOBAL_BLOCKS is {cfg.MODEL.KARAT.GLOBAL_BLOCKS} and MODEL.VIT.WINDOW_BLOCKS empty: no block "
-            'would have KArAt. Set GLOBAL_BLOCKS "operator", or MODEL.KARAT.ENABLED False for a softmax model.'
+            f"MODEL.KARAT.RANK is {config.rank}, above N = {rows} × {columns} = {rows * columns}, the number of tokens "
+            f"that attend to each other. It must be from 1 to {rows * columns}."
         )
-    for side in set(grids.values()):
-        if config.rank is not None and config.rank > side**2:
-            raise ValueError(
-                f"MODEL.KARAT.RANK is {config.rank}, above N = {side}² = {side**2}, the number of tokens that attend "
-                f"to each other. It must be from 1 to {side**2}."
-            )
+    if config.num_karat_heads is not None and config.num_karat_heads > vit.NUM_HEADS:
+        raise ValueError(
+            f"MODEL.KARAT.NUM_KARAT_HEADS is {config.num_karat_heads}, above MODEL.VIT.NUM_HEADS, {vit.NUM_HEADS}. It "
+            f"must be from 1 to {vit.NUM_HEADS}, or None for all."
+        )
     shared = None
     if config.sharing == "universal":
-        shared = net.operator = KArAtOperator(vit.NUM_HEADS, next(iter(grids.values())) ** 2, config)
-    for index, side in grids.items():
+        shared = net.operator = KArAtOperator(vit.NUM_HEADS, math.prod(next(iter(grids.values()))), config)
+    for index, grid in grids.items():
         block = net.blocks[index]
         attention = KArAtAttention(
             vit.EMBED_DIM,
             vit.NUM_HEADS,
-            side**2,
+            math.prod(grid),
             config,
             qkv_bias=vit.QKV_BIAS,
             use_rel_pos=vit.USE_REL_POS,
-            input_size=(side, side),
+            input_size=grid,
             operator=shared,
         )
         # The linear layers keep the weights that the ViT drew, so that one seed starts KArAt and softmax alike.
@@ -135,34 +163,60 @@ def _replace_attention(net: ViT, cfg: CfgNode, tokens_per_side: int) -> None:
         block.attn = attention
 
 
-def _window_blocks(cfg: CfgNode) -> list[int]:
+def _karat_grids(cfg: CfgNode) -> dict[int, tuple[int, int]]:
+    """Index of each block that gets KArAt, and the (H, W) of the tokens that attend to each other in it."""
+    window, image = _grids(cfg)
+    windows = _window_blocks(cfg)
+    return {
+        index: window if index in windows else image
+        for index in _chosen_blocks(cfg)
+        if index in windows or cfg.MODEL.KARAT.GLOBAL_BLOCKS == "operator"
+    }
+
+
+def _grids(cfg: CfgNode) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(H, W), in tokens, of a window and of the image."""
     vit = cfg.MODEL.VIT
+    height, width = image_size(cfg)
+    return (vit.WINDOW_SIZE, vit.WINDOW_SIZE), (height // vit.PATCH_SIZE, width // vit.PATCH_SIZE)
+
+
+def _window_blocks(cfg: CfgNode) -> list[int]:
+    blocks = set(cfg.MODEL.VIT.WINDOW_BLOCKS)
     if cfg.MODEL.KARAT.ENABLED and cfg.MODEL.KARAT.GLOBAL_BLOCKS == "window":
-        return list(range(vit.DEPTH))
-    return list(vit.WINDOW_BLOCKS)
+        blocks.update(_chosen_blocks(cfg))
+    return sorted(blocks)
 
 
-def _check_sizes(cfg: CfgNode) -> int:
-    """Checks MODEL.VIT before anything is built; returns the number of patches on a side of the image."""
+def _chosen_blocks(cfg: CfgNode) -> list[int]:
+    return sorted(set(cfg.MODEL.KARAT.BLOCKS)) or list(range(cfg.MODEL.VIT.DEPTH))
+
+
+def _check_sizes(cfg: CfgNode) -> None:
+    """Checks MODEL.VIT and the choice of blocks before anything is built."""
     vit, karat = cfg.MODEL.VIT, cfg.MODEL.KARAT
     for key in ("IMG_SIZE", "PATCH_SIZE", "EMBED_DIM", "DEPTH", "NUM_HEADS", "PRETRAIN_IMG_SIZE"):
         if vit[key] < 1:
             raise ValueError(f"MODEL.VIT.{key} is {vit[key]}. It must be at least 1.")
-    if vit.IMG_SIZE % vit.PATCH_SIZE:
-        raise ValueError(
-            f"MODEL.VIT.IMG_SIZE is {vit.IMG_SIZE}, which MODEL.VIT.PATCH_SIZE, {vit.PATCH_SIZE}, does not divide. "
-            f"Sizes that fit: {_multiples_near(vit.IMG_SIZE, vit.PATCH_SIZE)}."
-        )
+    if vit.IMG_WIDTH < 0:
+        raise ValueError(f"MODEL.VIT.IMG_WIDTH is {vit.IMG_WIDTH}. It must be at least 1, or 0 for a square.")
+    for key in ("IMG_SIZE", "IMG_WIDTH"):
+        if vit[key] % vit.PATCH_SIZE:
+            raise ValueError(
+                f"MODEL.VIT.{key} is {vit[key]}, which MODEL.VIT.PATCH_SIZE, {vit.PATCH_SIZE}, does not divide. "
+                f"Sizes that fit: {_multiples_near(vit[key], vit.PATCH_SIZE)}."
+            )
     if vit.EMBED_DIM % vit.NUM_HEADS:
         raise ValueError(
             f"MODEL.VIT.EMBED_DIM is {vit.EMBED_DIM}, which MODEL.VIT.NUM_HEADS, {vit.NUM_HEADS}, does not divide."
         )
-    foreign = [index for index in vit.WINDOW_BLOCKS if not 0 <= index < vit.DEPTH]
-    if foreign:
-        raise ValueError(
-            f"MODEL.VIT.WINDOW_BLOCKS names {foreign}; MODEL.VIT.DEPTH is {vit.DEPTH}, so blocks are 0 to "
-            f"{vit.DEPTH - 1}."
-        )
+    for section, key in (("VIT", "WINDOW_BLOCKS"), ("KARAT", "BLOCKS")):
+        foreign = [index for index in cfg.MODEL[section][key] if index not in range(vit.DEPTH)]
+        if foreign:
+            raise ValueError(
+                f"MODEL.{section}.{key} names {foreign}; MODEL.VIT.DEPTH is {vit.DEPTH}, so blocks are 0 to "
+                f"{vit.DEPTH - 1}."
+            )
     levels = [SCALE_FACTORS[i:j] for i in range(len(SCALE_FACTORS)) for j in range(i + 1, len(SCALE_FACTORS) + 1)]
     if tuple(vit.SCALE_FACTORS) not in levels:
         raise ValueError(
@@ -175,29 +229,36 @@ def _check_sizes(cfg: CfgNode) -> int:
             f"MODEL.VIT.PATCH_SIZE is {vit.PATCH_SIZE}, the first of MODEL.VIT.SCALE_FACTORS {vit.SCALE_FACTORS[0]}: "
             f"the finest level of the pyramid would have a stride of {finest_stride:g} pixels. It must be a power of 2."
         )
-    tokens_per_side = vit.IMG_SIZE // vit.PATCH_SIZE
     if not karat.ENABLED:
-        return tokens_per_side
+        return
 
     if karat.GLOBAL_BLOCKS not in GLOBAL_BLOCKS:
         raise ValueError(
             f"MODEL.KARAT.GLOBAL_BLOCKS is {karat.GLOBAL_BLOCKS!r}, which is unknown. "
             f"Known: {', '.join(GLOBAL_BLOCKS)}."
         )
-    if _window_blocks(cfg):
-        if vit.WINDOW_SIZE < 1:
-            raise ValueError(
-                f"MODEL.VIT.WINDOW_SIZE is {vit.WINDOW_SIZE}, but there are window blocks. It must be at least 1; "
-                "MODEL.VIT.WINDOW_BLOCKS [] is for none."
-            )
-        if tokens_per_side % vit.WINDOW_SIZE:
+    grids = _karat_grids(cfg)
+    if not grids:
+        raise ValueError(
+            f"MODEL.KARAT.GLOBAL_BLOCKS is softmax, and none of MODEL.KARAT.BLOCKS, {karat.BLOCKS or 'all'}, is among "
+            f"MODEL.VIT.WINDOW_BLOCKS, {vit.WINDOW_BLOCKS}: no block would have KArAt. Name other blocks, set "
+            'GLOBAL_BLOCKS "operator" or "window", or MODEL.KARAT.ENABLED False for a softmax model.'
+        )
+    windows = _window_blocks(cfg)
+    if windows and vit.WINDOW_SIZE < 1:
+        raise ValueError(
+            f"MODEL.VIT.WINDOW_SIZE is {vit.WINDOW_SIZE}, but there are window blocks. It must be at least 1; "
+            "MODEL.VIT.WINDOW_BLOCKS [] is for none."
+        )
+    for key in ("IMG_SIZE", "IMG_WIDTH"):
+        patches = vit[key] // vit.PATCH_SIZE
+        if set(windows) & set(grids) and patches % vit.WINDOW_SIZE:
             # Detectron2 pads such windows; softmax learns to live with it, an operator would sum over the padding.
             raise ValueError(
-                f"MODEL.VIT.IMG_SIZE / PATCH_SIZE is {vit.IMG_SIZE} / {vit.PATCH_SIZE} = {tokens_per_side} patches on "
-                f"a side, which MODEL.VIT.WINDOW_SIZE, {vit.WINDOW_SIZE}, does not divide; with KArAt windows must "
-                f"tile the image. Sizes that fit: {_multiples_near(vit.IMG_SIZE, vit.PATCH_SIZE * vit.WINDOW_SIZE)}."
+                f"MODEL.VIT.{key} / PATCH_SIZE is {vit[key]} / {vit.PATCH_SIZE} = {patches} patches on a side, "
+                f"which MODEL.VIT.WINDOW_SIZE, {vit.WINDOW_SIZE}, does not divide; with KArAt windows must "
+                f"tile the image. Sizes that fit: {_multiples_near(vit[key], vit.PATCH_SIZE * vit.WINDOW_SIZE)}."
             )
-    return tokens_per_side
 
 
 def _check_levels(cfg: CfgNode, levels: list[str]) -> None:

@@ -1,9 +1,9 @@
 """From a record to what the model takes: the image resized as INPUT.RESIZE says, its instances with it.
 
-INPUT.RESIZE "fixed", in training and in testing, resizes each image to MODEL.VIT.IMG_SIZE × IMG_SIZE; the detector maps
-its results back to the original size. "lsj" is the large-scale jitter of Detectron2's ViTDet recipe: in training, the
-image is scaled by a random factor of INPUT.LSJ_SCALE and cropped to IMG_SIZE × IMG_SIZE at most; in testing, its longer
-side becomes IMG_SIZE. The model pads what is smaller.
+INPUT.RESIZE "fixed", in training and in testing, resizes each image to the model's height and width, which are
+MODEL.VIT.IMG_SIZE and IMG_WIDTH; the detector maps its results back to the original size. "lsj" is the large-scale
+jitter of Detectron2's ViTDet recipe: in training, the image is scaled by a random factor of INPUT.LSJ_SCALE and cropped
+to height × width at most; in testing, it becomes as large as fits in height × width. The model pads what is smaller.
 """
 
 import importlib.util
@@ -20,6 +20,8 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from PIL import Image
+
+from ..config import image_size
 
 # Masks that Pillow has resized cannot be written to; Detectron2 makes tensors of them and only reads these.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable", module="detectron2")
@@ -38,14 +40,14 @@ def build_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
     Raises:
         ValueError: INPUT.RESIZE, INPUT.RANDOM_FLIP or INPUT.LSJ_SCALE has a value that it cannot have.
     """
-    size = cfg.MODEL.VIT.IMG_SIZE
+    height, width = image_size(cfg)
     resize, flip = cfg.INPUT.RESIZE, cfg.INPUT.RANDOM_FLIP
     if resize not in ("fixed", "lsj"):
         raise ValueError(f"INPUT.RESIZE is {resize!r}; it must be 'fixed' or 'lsj'.")
     if flip not in ("none", "horizontal", "vertical"):
         raise ValueError(f"INPUT.RANDOM_FLIP is {flip!r}; it must be 'none', 'horizontal' or 'vertical'.")
     if not is_train:
-        return [T.Resize((size, size)) if resize == "fixed" else T.ResizeShortestEdge(size, size)]
+        return [T.Resize((height, width)) if resize == "fixed" else T.ResizeScale(1.0, 1.0, height, width)]
 
     augmentations: list[T.Augmentation] = []
     if cfg.INPUT.CROP.ENABLED:
@@ -53,13 +55,13 @@ def build_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
     if flip != "none":
         augmentations.append(T.RandomFlip(horizontal=flip == "horizontal", vertical=flip == "vertical"))
     if resize == "fixed":
-        augmentations.append(T.Resize((size, size)))
+        augmentations.append(T.Resize((height, width)))
     else:
         scale = tuple(cfg.INPUT.LSJ_SCALE)
         if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
             raise ValueError(f"INPUT.LSJ_SCALE is {scale}; it must be (smallest, largest), both above 0.")
-        augmentations.append(T.ResizeScale(*scale, target_height=size, target_width=size))
-        augmentations.append(T.FixedSizeCrop((size, size), pad=False))
+        augmentations.append(T.ResizeScale(*scale, target_height=height, target_width=width))
+        augmentations.append(T.FixedSizeCrop((height, width), pad=False))
     return augmentations
 
 

@@ -9,7 +9,8 @@ from torch import nn
 # SOLVER.CLIP_GRADIENTS.CLIP_TYPE that clips by the total norm of all gradients; the trainer does it.
 FULL_MODEL = "full_model"
 # By the name of the parameter within its module. Norms and biases are known by having one dimension.
-_NO_WEIGHT_DECAY = ("pos_embed", "rel_pos_h", "rel_pos_w", "coefficients")
+_NO_WEIGHT_DECAY = ("pos_embed", "rel_pos_h", "rel_pos_w", "coefficients", "outer_coefficients")
+_OPERATOR = ("coefficients", "projector", "outer_coefficients")
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.AdamW:
@@ -17,6 +18,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.AdamW:
 
     Positions, norms, biases and the operator's coefficients have no weight decay. SOLVER.LAYER_DECAY lowers the rate of
     early blocks as in Detectron2's get_vit_lr_decay_rate; a universal operator counts as the last block.
+    SOLVER.OPERATOR_LR_FACTOR multiplies the rate of operators.
 
     Args:
         cfg: a config with the keys of `add_karat_config`.
@@ -27,11 +29,13 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.AdamW:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        decays = parameter.ndim > 1 and name.rpartition(".")[2] not in _NO_WEIGHT_DECAY
+        own_name = name.rpartition(".")[2]
+        lr = solver.BASE_LR * lr_factor(name, solver.LAYER_DECAY, cfg.MODEL.VIT.DEPTH)
+        decays = parameter.ndim > 1 and own_name not in _NO_WEIGHT_DECAY
         groups.append(
             {
                 "params": [parameter],
-                "lr": solver.BASE_LR * lr_factor(name, solver.LAYER_DECAY, cfg.MODEL.VIT.DEPTH),
+                "lr": lr * solver.OPERATOR_LR_FACTOR if own_name in _OPERATOR else lr,
                 "weight_decay": solver.WEIGHT_DECAY if decays else 0.0,
             }
         )

@@ -1,11 +1,14 @@
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, build_backbone
+from detectron2.modeling import BACKBONE_REGISTRY, build_backbone, build_model
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.backbone.vit import Attention, SimpleFeaturePyramid, ViT
+from detectron2.structures import Boxes, Instances, PolygonMasks
+from detectron2.utils.events import EventStorage
 
 from karat_det.attention import KArAtAttention
 from karat_det.engine.setup import load_cfg
@@ -24,13 +27,14 @@ TINY = {
     "MODEL.KARAT.SHARING": "blockwise",
     "MODEL.FPN.OUT_CHANNELS": 16,
 }
+OTHER_VIT_KEYS = ("IMG_WIDTH", "PATCH_SIZE", "SCALE_FACTORS", "USE_REL_POS")
 
 
 def build(configs, **overrides):
     """A tiny backbone; an override's key is its last word, such as RANK, found among the keys of TINY's sections."""
     values = dict(TINY)
     for key, value in overrides.items():
-        section = "VIT" if f"MODEL.VIT.{key}" in TINY or key in ("PATCH_SIZE", "SCALE_FACTORS") else "KARAT"
+        section = "VIT" if f"MODEL.VIT.{key}" in TINY or key in OTHER_VIT_KEYS else "KARAT"
         values[f"MODEL.{section}.{key}"] = value
     opts = [str(part) for item in values.items() for part in item]
     torch.manual_seed(0)
@@ -106,6 +110,157 @@ def test_global_blocks(configs, choice, kinds, tokens):
     assert all(torch.isfinite(feature).all() for feature in backbone(torch.randn(1, 3, 64, 64)).values())
 
 
+@pytest.mark.parametrize(
+    ("overrides", "tokens"),
+    [
+        ({}, [4, 16, 4, 16]),
+        ({"BLOCKS": [3]}, [None, None, None, 16]),
+        ({"BLOCKS": [1, 0]}, [4, 16, None, None]),
+        ({"BLOCKS": [2, 3], "GLOBAL_BLOCKS": "softmax"}, [None, None, 4, None]),
+        ({"BLOCKS": [2, 3], "GLOBAL_BLOCKS": "window"}, [None, None, 4, 4]),
+    ],
+)
+def test_chosen_blocks_get_karat_and_the_others_stay_as_they_are(configs, overrides, tokens):
+    karat, softmax = build(configs, **overrides), build(configs, ENABLED=False)
+    for block, plain, num_tokens in zip(karat.net.blocks, softmax.net.blocks, tokens, strict=True):
+        if num_tokens:
+            assert block.attn.operator.num_tokens == num_tokens
+        else:
+            assert type(block.attn) is Attention and block.window_size == plain.window_size
+    # Up to the first block of another kind the two are one network.
+    first = next(index for index, num_tokens in enumerate(tokens) if num_tokens)
+    x = torch.randn(1, 4, 4, 24)
+    for block, plain in zip(karat.net.blocks[:first], softmax.net.blocks[:first], strict=True):
+        assert torch.equal(block(x), plain(x))
+    assert all(torch.isfinite(feature).all() for feature in karat(torch.randn(1, 3, 64, 64)).values())
+
+
+def test_a_universal_operator_is_shared_by_the_chosen_blocks_alone(configs):
+    backbone = build(configs, SHARING="universal", BLOCKS=[1, 3])
+    operators = [getattr(attention, "operator", None) for attention in attentions(backbone)]
+    assert operators == [None, backbone.net.operator] * 2
+    assert backbone.net.operator.num_tokens == 16
+
+
+def test_windows_need_not_tile_the_image_where_they_are_softmax(configs):
+    backbone = build(configs, IMG_SIZE=96, WINDOW_SIZE=4, BLOCKS=[1, 3])
+    assert backbone(torch.randn(1, 3, 96, 96))["p4"].shape == (1, 16, 6, 6)
+
+
+@pytest.mark.parametrize("choice", ["operator", "softmax", "window"])
+def test_an_input_that_is_no_square(configs, choice):
+    backbone = build(configs, IMG_WIDTH=160, GLOBAL_BLOCKS=choice)
+    grid = {"operator": (4, 10), "softmax": (4, 10), "window": (2, 2)}[choice]
+    for index, (rows, columns) in enumerate([(2, 2), grid] * 2):
+        attention = backbone.net.blocks[index].attn
+        assert (len(attention.rel_pos_h), len(attention.rel_pos_w)) == (2 * rows - 1, 2 * columns - 1)
+        if isinstance(attention, KArAtAttention):
+            assert attention.input_size == (rows, columns)
+            assert attention.operator.num_tokens == rows * columns
+    features = backbone(torch.randn(2, 3, 64, 160))
+    assert [tuple(feature.shape[2:]) for feature in features.values()] == [(16, 40), (8, 20), (4, 10), (2, 5), (1, 3)]
+
+
+def test_smaller_images_are_padded_on_the_right_and_below(configs):
+    backbone = build(configs, IMG_WIDTH=160)
+    image = torch.zeros(1, 3, 64, 160)
+    image[..., :40, :100] = torch.randn(3, 40, 100)
+    for level, feature in backbone(image).items():
+        assert torch.equal(backbone(image[..., :40, :100])[level], feature)
+
+
+def test_transposed_images_give_transposed_features(configs):
+    """Where nothing depends on the direction, the axes of an image are equal; a grid taken for its transpose is not."""
+    tall, wide = build(configs, IMG_SIZE=160, IMG_WIDTH=64), build(configs, IMG_WIDTH=160)
+    swapped = {"rel_pos_h": "rel_pos_w", "rel_pos_w": "rel_pos_h"}
+    with torch.no_grad():
+        for key, tensor in tall.state_dict().items():
+            module, _, leaf = key.rpartition(".")
+            if leaf == "pos_embed":
+                tensor.zero_()
+            elif leaf in swapped:
+                tensor.normal_(std=0.1)
+            elif "operator" in module:  # one and the same function for every token
+                tensor.copy_(tensor.narrow(-2, 0, 1).expand_as(tensor))
+            convolution = tensor.ndim == 4
+            wide.state_dict()[f"{module}.{swapped.get(leaf, leaf)}"].copy_(tensor.mT if convolution else tensor)
+    image = torch.randn(1, 3, 160, 64)
+    for level, feature in tall(image).items():
+        if level != "p6":  # it keeps every second position: another one of p5's five
+            torch.testing.assert_close(wide(image.mT)[level].mT, feature, atol=1e-4, rtol=1e-4)
+
+
+TINY_DETECTOR = {
+    "MODEL.VIT.EMBED_DIM": 24,
+    "MODEL.VIT.NUM_HEADS": 2,
+    "MODEL.VIT.DEPTH": 2,
+    "MODEL.VIT.DROP_PATH_RATE": 0.0,
+    "MODEL.VIT.WINDOW_BLOCKS": [0],
+    "MODEL.VIT.SCALE_FACTORS": [1.0, 0.5],
+    "MODEL.KARAT.SHARING": "blockwise",
+    "MODEL.KARAT.RANK": 4,
+    "MODEL.FPN.OUT_CHANNELS": 8,
+    "MODEL.RPN.PRE_NMS_TOPK_TRAIN": 50,
+    "MODEL.RPN.PRE_NMS_TOPK_TEST": 50,
+    "MODEL.RPN.POST_NMS_TOPK_TRAIN": 20,
+    "MODEL.RPN.POST_NMS_TOPK_TEST": 20,
+    "MODEL.ROI_HEADS.NUM_CLASSES": 2,
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 8,
+    "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0,
+    "MODEL.ROI_BOX_HEAD.NUM_CONV": 1,
+    "MODEL.ROI_BOX_HEAD.CONV_DIM": 8,
+    "MODEL.ROI_BOX_HEAD.FC_DIM": 8,
+    "MODEL.ROI_MASK_HEAD.NUM_CONV": 1,
+    "MODEL.ROI_MASK_HEAD.CONV_DIM": 8,
+    "TEST.DETECTIONS_PER_IMAGE": 3,
+}
+
+
+@pytest.mark.parametrize("choice", ["operator", "softmax", "window"])
+@pytest.mark.parametrize(
+    ("height", "width", "patch_size", "window_size"),
+    [(224, 224, 16, 7), (512, 512, 16, 8), (1024, 1024, 32, 8), (512, 1024, 16, 8), (1024, 512, 32, 16)],
+)
+def test_a_detector_trains_and_predicts_at_any_size(configs, height, width, patch_size, window_size, choice):
+    level = patch_size.bit_length() - 1
+    levels = [f"p{level}", f"p{level + 1}"]
+    values = TINY_DETECTOR | {
+        "MODEL.VIT.IMG_SIZE": height,
+        "MODEL.VIT.IMG_WIDTH": width,
+        "MODEL.VIT.PATCH_SIZE": patch_size,
+        "MODEL.VIT.WINDOW_SIZE": window_size,
+        "MODEL.KARAT.GLOBAL_BLOCKS": choice,
+        "MODEL.ANCHOR_GENERATOR.SIZES": [[64], [128]],
+        "MODEL.RPN.IN_FEATURES": levels,
+        "MODEL.ROI_HEADS.IN_FEATURES": levels,
+    }
+    torch.manual_seed(0)
+    cfg = load_cfg(str(configs / "base_vitdet.yaml"), [str(part) for item in values.items() for part in item])
+    model = build_model(cfg)
+    image = torch.randint(256, (3, height, width), dtype=torch.uint8)
+    instances = Instances((height, width))
+    instances.gt_boxes = Boxes(torch.tensor([[20.0, 30.0, 120.0, 110.0]]))
+    instances.gt_classes = torch.tensor([1])
+    instances.gt_masks = PolygonMasks([[np.array([20.0, 30, 120, 30, 120, 110, 20, 110])]])
+    with EventStorage():
+        losses = model([{"image": image, "instances": instances}])
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    for attention in attentions(model.backbone):
+        assert attention.rel_pos_h.grad.abs().sum() > 0 and attention.rel_pos_w.grad.abs().sum() > 0
+        if isinstance(attention, KArAtAttention):
+            assert attention.operator.coefficients.grad.abs().sum() > 0
+
+    # Results come back on the original image, which is wider than the model's.
+    model.eval()
+    with torch.no_grad():
+        found = model([{"image": image, "height": height // 2, "width": 2 * width}])[0]["instances"]
+    assert found.image_size == (height // 2, 2 * width)
+    assert len(found) == 3 and found.pred_masks.shape[1:] == (height // 2, 2 * width)
+    assert found.pred_boxes.tensor[:, 2].max() > width and found.pred_boxes.tensor[:, 3].max() <= height // 2
+
+
 def test_universal_operator_is_one_counted_trained_and_saved_once(configs):
     backbone = build(configs, SHARING="universal", GLOBAL_BLOCKS="window")
     operator = backbone.net.operator
@@ -169,14 +324,20 @@ def test_sizes_of_vit_tiny_small_and_base(configs, embed_dim, num_heads, million
     [
         ({"IMG_SIZE": 72}, r"MODEL.VIT.IMG_SIZE is 72, which MODEL.VIT.PATCH_SIZE, 16, does not divide.*64 and 80"),
         ({"IMG_SIZE": 80}, r"80 / 16 = 5 patches on a side, which MODEL.VIT.WINDOW_SIZE, 2, does not.*64 and 96"),
-        ({"SHARING": "universal"}, r"MODEL.KARAT.SHARING is universal, but N.*2² = 4 in window.*4² = 16 in global"),
-        ({"RANK": 5}, r"MODEL.KARAT.RANK is 5, above N = 2² = 4.*from 1 to 4"),
+        ({"SHARING": "universal"}, r"KARAT.SHARING is universal, but N.*2 × 2 = 4 in window.*4 × 4 = 16 in global"),
+        ({"RANK": 5}, r"MODEL.KARAT.RANK is 5, above N = 2 × 2 = 4.*from 1 to 4"),
         ({"GRID_SIZE": 0}, r"MODEL.KARAT.GRID_SIZE is 0. It must be a whole number, at least 1"),
         ({"BASIS": "cubic"}, r"MODEL.KARAT.BASIS is 'cubic', which is unknown. Known: fourier"),
         ({"SHARING": "half"}, r"MODEL.KARAT.SHARING is 'half'.*blockwise, universal"),
         ({"GLOBAL_BLOCKS": "none"}, r"MODEL.KARAT.GLOBAL_BLOCKS is 'none'.*operator, softmax, window"),
         ({"NUM_HEADS": 5}, r"MODEL.VIT.NUM_HEADS, 5, does not divide"),
         ({"WINDOW_BLOCKS": [0, 7]}, r"MODEL.VIT.WINDOW_BLOCKS names \[7\].*0 to 3"),
+        ({"IMG_WIDTH": 72}, r"MODEL.VIT.IMG_WIDTH is 72, which MODEL.VIT.PATCH_SIZE, 16, does not divide.*64 and 80"),
+        ({"IMG_WIDTH": 80}, r"MODEL.VIT.IMG_WIDTH / PATCH_SIZE is 80 / 16 = 5 patches on a side.*64 and 96"),
+        ({"IMG_WIDTH": -64}, r"MODEL.VIT.IMG_WIDTH is -64. It must be at least 1, or 0 for a square"),
+        ({"BLOCKS": [1, 4, -1]}, r"MODEL.KARAT.BLOCKS names \[4, -1\].*0 to 3"),
+        ({"BLOCKS": [1, 3], "GLOBAL_BLOCKS": "softmax"}, r"none of MODEL.KARAT.BLOCKS, \[1, 3\], is among.*\[0, 2\]"),
+        ({"WINDOW_BLOCKS": [], "GLOBAL_BLOCKS": "softmax"}, r"none of MODEL.KARAT.BLOCKS, all, .*no block would have"),
         ({"WINDOW_SIZE": 0}, r"MODEL.VIT.WINDOW_SIZE is 0, but there are window blocks"),
         ({"SCALE_FACTORS": [4.0, 1.0]}, r"MODEL.VIT.SCALE_FACTORS is \[4.0, 1.0\].*neighbours"),
         ({"PATCH_SIZE": 2}, r"stride of 0.5 pixels. It must be a power of 2"),

@@ -52,6 +52,18 @@ def test_instances_are_resized_with_the_image(cfg, records, mask_format):
     assert instances.gt_classes.tolist() == [0]
 
 
+@pytest.mark.parametrize("is_train", [True, False])
+def test_fixed_resizes_to_a_height_and_a_width(cfg, records, is_train):
+    cfg.MODEL.VIT.IMG_WIDTH = 160
+    cfg.INPUT.RANDOM_FLIP = "none"
+    example = build_mapper(cfg, is_train)(records[0])
+    assert example["image"].shape == (3, 64, 160)
+    assert (example["height"], example["width"]) == (30, 40)
+    if is_train:
+        expected = torch.tensor([[5 * 160 / 40, 6 * 64 / 30, 25 * 160 / 40, 16 * 64 / 30]])
+        torch.testing.assert_close(example["instances"].gt_boxes.tensor, expected)
+
+
 @pytest.mark.parametrize("flip, axis", [("horizontal", 1), ("vertical", 0)])
 def test_flips_occur_in_training_half_of_the_time(cfg, records, flip, axis):
     np.random.seed(0)
@@ -77,15 +89,27 @@ def test_test_images_keep_their_shape_with_lsj(cfg, records):
     assert build_mapper(cfg, False)(records[0])["image"].shape == (3, 48, 64)
 
 
+@pytest.mark.parametrize("size, expected", [((64, 160), (64, 85)), ((64, 32), (24, 32))])
+def test_test_images_with_lsj_become_as_large_as_fits(cfg, records, size, expected):
+    cfg.INPUT.RESIZE = "lsj"
+    cfg.MODEL.VIT.IMG_SIZE, cfg.MODEL.VIT.IMG_WIDTH = size
+    assert build_mapper(cfg, False)(records[0])["image"].shape == (3, *expected)
+
+
 @needs_shapely
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(seed=st.integers(0, 2**32 - 1), mask_format=st.sampled_from(["polygon", "bitmask"]))
-def test_lsj_stays_within_the_square_and_boxes_are_those_of_the_masks(cfg, records, seed, mask_format):
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    mask_format=st.sampled_from(["polygon", "bitmask"]),
+    width=st.sampled_from([0, 32, 160]),
+)
+def test_lsj_stays_within_the_models_size_and_boxes_are_those_of_the_masks(cfg, records, seed, mask_format, width):
+    cfg.MODEL.VIT.IMG_WIDTH = width
     cfg.INPUT.RESIZE = "lsj"
     cfg.INPUT.MASK_FORMAT = mask_format
     np.random.seed(seed)
     example = build_mapper(cfg, True)(records[1])
-    assert max(example["image"].shape[1:]) <= 64
+    assert example["image"].shape[1] <= 64 and example["image"].shape[2] <= (width or 64)
     instances = example["instances"]
     assert instances.image_size == tuple(example["image"].shape[1:])
     torch.testing.assert_close(instances.gt_boxes.tensor, instances.gt_masks.get_bounding_boxes().tensor)
