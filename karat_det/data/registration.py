@@ -16,8 +16,14 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.build import filter_images_with_only_crowd_annotations, print_instances_class_histogram
 from detectron2.data.datasets import register_coco_instances
+from PIL import Image
+
+from .mapper import unreadable_image_named
 
 Record = dict[str, Any]
+
+# Images of a dataset up to which each of them is opened before the run.
+MAX_IMAGES_OPENED = 10_000
 
 # What this module registered: name -> (JSON file, image folder, class names).
 _registered: dict[str, tuple[str, str, list[str]]] = {}
@@ -108,7 +114,8 @@ def load_checked_dicts(cfg: CfgNode) -> list[Record]:
             categories are not as many as MODEL.ROI_HEADS.NUM_CLASSES or not those of the other datasets; no image
             is left to train on; masks are missing, or not in the format that INPUT.MASK_FORMAT needs.
         FileNotFoundError: a JSON, an image folder or an image does not exist.
-        OSError: the embedded dataset cannot be written.
+        OSError: a file is no image (looked for in datasets of up to MAX_IMAGES_OPENED images), or the embedded
+            dataset cannot be written.
     """
     names = cfg.DATASETS.TRAIN
     if not names:
@@ -192,6 +199,8 @@ def _load(cfg: CfgNode, key: str, name: str) -> list[Record]:
             f"or choose another dataset in {key}."
         )
     _check_images_exist(cfg, key, name, records)
+    if len(records) <= MAX_IMAGES_OPENED:
+        _check_images_open(records)
     return records
 
 
@@ -250,6 +259,19 @@ def _check_images_exist(cfg: CfgNode, key: str, name: str, records: list[Record]
             f"{len(missing)} of the {len(records)} images of {_source(name)} do not exist: {_shortened(missing, 3)}. "
             "Put them there, or take them out of the JSON."
         )
+
+
+def _check_images_open(records: list[Record]) -> None:
+    """Reads the header of each image, so that an empty or foreign file ends the run before it starts.
+
+    A header takes 0.15 to 0.4 ms on a local disk and milliseconds on network storage: seconds to half a minute for
+    MAX_IMAGES_OPENED of them, but many minutes for the whole of COCO, at every start. There, and where only the pixels
+    are broken, the mapper names the file when its turn comes.
+    """
+    for record in records:
+        if "://" not in record["file_name"]:
+            with unreadable_image_named(record["file_name"]), Image.open(record["file_name"]):
+                pass
 
 
 def _check_annotations(cfg: CfgNode, name: str, records: list[Record], training: bool) -> None:

@@ -183,9 +183,7 @@ class BestCheckpointer(HookBase):
         # Only the main process has results.
         value = self.trainer.storage.latest().get(self.metric, (math.nan, 0))[0]
         if value > self.best:
-            logger.info(
-                "%s is %.3f, the best so far (before: %.3f): saving model_best.pth", self.metric, value, self.best
-            )
+            logger.info("%s is %.3f, the best so far: saving model_best.pth", self.metric, value)
             self.best = value
             self.checkpointer.save("model_best")
 

@@ -87,5 +87,5 @@ class FasterCOCOEvaluator(COCOEvaluator):
         sums.accumulate()
         lines.clear()
         sums.summarize()
-        logger.info("COCO summary for %s:\n%s", task, "\n".join(lines))
+        logger.info("COCO summary for %s, from 0 to 1 (-1: no such object):\n%s", task, "\n".join(lines))
         return sums

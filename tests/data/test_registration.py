@@ -11,6 +11,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
+from karat_det.data import registration
 from karat_det.data.registration import load_checked_dicts, load_checked_test_dicts, register_from_config
 
 pytestmark = pytest.mark.usefixtures("catalogs")
@@ -193,6 +194,16 @@ def test_missing_images_are_counted_and_named(own_cfg, own):
     (own.image_dir / "3.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"2 of the 3 images.*images/2\.png.*images/3\.png"):
         load(own_cfg)
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n"], ids=["empty", "text", "cut short"])
+def test_file_that_is_no_image_is_named_before_the_run(own_cfg, own, content, monkeypatch):
+    (own.image_dir / "2.png").write_bytes(content)
+    with pytest.raises(OSError, match=r"Cannot read the image .*images/2\.png"):
+        load(own_cfg)
+    # Larger datasets would take too long.
+    monkeypatch.setattr(registration, "MAX_IMAGES_OPENED", 2)
+    assert len(load(own_cfg)) == 2
 
 
 def test_missing_subfolder_of_images_is_named(own_cfg, own):

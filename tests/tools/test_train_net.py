@@ -209,13 +209,9 @@ def test_your_own_data_trains_and_is_evaluated_under_its_class_names(train, own,
     assert {tuple(result["segmentation"]["size"]) for result in results} == {(50, 80)}
 
 
-def broken_image(own):
+def test_an_image_that_breaks_midway_is_named(train, own):
     path = own.folder / "images" / "2.jpg"
-    path.write_bytes(path.read_bytes()[:200])
-
-
-def test_an_unreadable_image_is_named(train, own):
-    broken_image(own)
+    path.write_bytes(path.read_bytes()[:-200])
     done = train(overrides=[*SMALL_MODEL, *own.overrides(), "SOLVER.MAX_ITER", "20"], fails=True)
     assert "OSError: Cannot read the image" in done.stderr and "2.jpg" in done.stderr
 
@@ -227,6 +223,10 @@ def no_annotations(own):
 
 def no_image_file(own):
     (own.folder / "images" / "3.jpg").unlink()
+
+
+def no_image(own):
+    (own.folder / "images" / "2.jpg").write_text("no image")
 
 
 def error_of(*arguments):
@@ -261,6 +261,7 @@ def error_of(*arguments):
         (None, ["MODEL.VIT.PATCH_SIZE", "16"], "MODEL.RPN.IN_FEATURES is ['p2', 'p3', 'p4']"),
         (no_annotations, [], "None of the 4 images of DATASETS.TRAIN"),
         (no_image_file, [], "1 of the 4 images of"),
+        (no_image, [], "Cannot read the image"),
     ],
     ids=lambda value: value.__name__ if callable(value) else None,
 )
