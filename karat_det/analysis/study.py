@@ -1,0 +1,274 @@
+"""Compares variants of a detector over seeds and starts: trains each, then makes a table and a plot of their AP.
+
+A study is a YAML file:
+
+    CONFIG: path of the config that all runs share, from the folder of the file
+    SETTINGS: {KEY: value} of all runs
+    SEEDS: [1, 2, 3]
+    STARTS:
+      random: {}                # nothing: random weights
+      softmax: {KEY: value, …}  # what else to train first; its backbone is what the runs start from
+    VARIANTS:
+      name: {KEY: value, …}     # the first is what the others are compared with
+"""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+import yaml
+from tabulate import tabulate
+
+from ..engine.setup import load_cfg
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+logger = logging.getLogger(__name__)
+
+_TRAIN_NET = Path(__file__).resolve().parents[2] / "tools" / "train_net.py"
+_DIVERGED = "Training diverged at iteration"
+_METRICS = {"segm/AP": "mask AP", "bbox/AP": "box AP"}
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study as its file says, see the module's docstring. `config` is a path; settings map keys to values."""
+
+    config: Path
+    settings: Settings
+    seeds: list[int]
+    starts: dict[str, Settings]
+    variants: dict[str, Settings]
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Study":
+        """Reads a study and checks the settings of each of its runs.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is no study, or a run's config has an unknown key or a value that is not allowed.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: there is no such study.")
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is no YAML: {error}") from None
+        expected = {"CONFIG": str, "SETTINGS": dict, "SEEDS": list, "STARTS": dict, "VARIANTS": dict}
+        if not isinstance(content, dict) or set(content) != set(expected):
+            raise ValueError(f"{path} is no study: it must have the keys {', '.join(expected)}, and no others.")
+        for key, kind in expected.items():
+            if not isinstance(content[key], kind) or (key != "SETTINGS" and not content[key]):
+                raise ValueError(f"{path}: {key} is {content[key]!r}. It must be a {kind.__name__} and not empty.")
+        for key in ("STARTS", "VARIANTS"):
+            for name, settings in content[key].items():
+                if not isinstance(settings, dict):
+                    raise ValueError(f"{path}: {key} {name!r} is {settings!r}. It must map config keys to values.")
+        study = cls(
+            config=path.parent / content["CONFIG"],
+            settings=content["SETTINGS"],
+            seeds=content["SEEDS"],
+            starts=content["STARTS"],
+            variants=content["VARIANTS"],
+        )
+        for settings in (*study.starts.values(), *study.variants.values()):
+            load_cfg(str(study.config), _words(study.settings | settings))
+        return study
+
+    def runs(self) -> Iterator[tuple[str, str, int]]:
+        """(variant, start, seed) of every run, seed by seed: a study that is cut short has compared all variants."""
+        for seed in self.seeds:
+            for start in self.starts:
+                for variant in self.variants:
+                    yield variant, start, seed
+
+
+def run_study(study: Study, output_dir: str | Path, jobs: int) -> list[dict[str, Any]]:
+    """Trains and evaluates every run that has no result yet, several at a time.
+
+    A run is a folder of its own, with its console in console.txt. One that was interrupted goes on from its last
+    checkpoint. One that diverged is a result.
+
+    Args:
+        study: what to train.
+        output_dir: folder of the study.
+        jobs: how many runs go on at a time; each has a GPU, or else a core.
+
+    Returns:
+        For each run a dict with variant, start, seed, and "segm/AP" and "bbox/AP" in percent, NaN if it diverged.
+
+    Raises:
+        RuntimeError: a run failed otherwise.
+    """
+    output_dir = Path(output_dir)
+    weights = {}
+    for start, settings in study.starts.items():
+        if settings:
+            folder = output_dir / _folder_name(start)
+            _train(study, study.settings | settings, folder, job=0)
+            weights[start] = _backbone_alone(folder)
+    runs = list(study.runs())
+
+    def train(job: int, variant: str, start: str, seed: int) -> dict[str, Any]:
+        settings = study.settings | study.variants[variant] | {"SEED": seed}
+        if start in weights:
+            settings["MODEL.WEIGHTS"] = str(weights[start])
+        folder = output_dir / _folder_name(start) / _folder_name(variant) / f"seed_{seed}"
+        result = _train(study, settings, folder, job)
+        logger.info("%s, from %s, seed %d: mask AP %.1f", variant, start, seed, result["segm/AP"])
+        return {"variant": variant, "start": start, "seed": seed, **result}
+
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(train, index % jobs, *run) for index, run in enumerate(runs)]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def write_report(study: Study, results: list[dict[str, Any]], output_dir: str | Path) -> str:
+    """Writes results.json, table.md and plot.png.
+
+    Returns:
+        The table, in Markdown: for each variant and start the mean of the seeds, their standard deviation, and the mean
+        difference of mask AP to the first variant at the same seeds.
+    """
+    output_dir = Path(output_dir)
+    (output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    values = {
+        (start, variant, metric): np.array(
+            [
+                r[metric]
+                for r in sorted(results, key=lambda r: r["seed"])
+                if (r["start"], r["variant"]) == (start, variant)
+            ]
+        )
+        for start in study.starts
+        for variant in study.variants
+        for metric in _METRICS
+    }
+    baseline = next(iter(study.variants))
+    header = ["variant"]
+    for start in study.starts:
+        header += [f"from {start}: mask AP", f"against {baseline}", "box AP"]
+    rows = []
+    for variant in study.variants:
+        row = [variant]
+        for start in study.starts:
+            mask_ap = values[start, variant, "segm/AP"]
+            row.append(_mean_and_deviation(mask_ap))
+            difference = mask_ap - values[start, baseline, "segm/AP"]
+            row.append("" if variant == baseline else f"{difference.mean():+.1f}")
+            row.append(_mean_and_deviation(values[start, variant, "bbox/AP"]))
+        rows.append(row)
+    table = tabulate(rows, header, tablefmt="github", disable_numparse=True)
+    (output_dir / "table.md").write_text(table + "\n", encoding="utf-8")
+    _plot(study, values, output_dir / "plot.png")
+    return table
+
+
+def _mean_and_deviation(values: np.ndarray) -> str:
+    finite = values[np.isfinite(values)]
+    if not len(finite):
+        return "diverged"
+    text = f"{finite.mean():.1f}" + (f" ± {finite.std(ddof=1):.1f}" if len(finite) > 1 else "")
+    diverged = len(values) - len(finite)
+    return text + (f" ({diverged} of {len(values)} diverged)" if diverged else "")
+
+
+def _plot(study: Study, values: dict, path: Path) -> None:
+    """A dot for each seed, a line for their mean; a panel for each start."""
+    names = list(study.variants)
+    figure, panels = plt.subplots(
+        1, len(study.starts), figsize=(1.5 + 4 * len(study.starts), 1 + 0.4 * len(names)), sharey=True, squeeze=False
+    )
+    for panel, start in zip(panels[0], study.starts, strict=True):
+        for row, variant in enumerate(names):
+            mask_ap = values[start, variant, "segm/AP"]
+            panel.plot(mask_ap, [row] * len(mask_ap), "o", color=f"C{row}", alpha=0.6)
+            panel.plot(
+                [np.nanmean(mask_ap)] * 2 if np.isfinite(mask_ap).any() else [], [row - 0.3, row + 0.3], "k-"
+            ) if (np.isfinite(mask_ap).any()) else panel.text(
+                0.02, row, "diverged", transform=panel.get_yaxis_transform(), va="center"
+            )
+        panel.axvline(np.nanmean(values[start, names[0], "segm/AP"]), color="0.7", linewidth=0.8, zorder=0)
+        panel.set_title(f"from {start}")
+        panel.set_xlabel("mask AP")
+        panel.set_yticks(range(len(names)), names)
+    panels[0][0].invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _train(study: Study, settings: Settings, folder: Path, job: int) -> dict[str, float]:
+    """Trains one run to its end, unless it has a result, and returns its AP."""
+    result = folder / "result.json"
+    if result.is_file():
+        return json.loads(result.read_text(encoding="utf-8"))
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(_TRAIN_NET), "--config-file", str(study.config), "--resume"]
+    environment = dict(os.environ)
+    if torch.cuda.is_available():
+        environment["CUDA_VISIBLE_DEVICES"] = str(job % torch.cuda.device_count())
+    else:
+        environment.setdefault("OMP_NUM_THREADS", "1")
+    logger.info("Training %s", folder)
+    with open(folder / "console.txt", "a", encoding="utf-8") as console:
+        status = subprocess.run(
+            [*command, *_words(settings | {"OUTPUT_DIR": str(folder)})], stdout=console, stderr=console, env=environment
+        ).returncode
+    if status == 0:
+        figures = _last_evaluation(folder / "metrics.json")
+    elif _DIVERGED in (folder / "console.txt").read_text(encoding="utf-8"):
+        figures = dict.fromkeys(_METRICS, float("nan"))
+    else:
+        raise RuntimeError(f"{folder}: training ended with status {status}; see console.txt there.")
+    for checkpoint in folder.glob("model_*.pth"):
+        if checkpoint.name != "model_final.pth":
+            checkpoint.unlink()
+    result.write_text(json.dumps(figures) + "\n", encoding="utf-8")
+    return figures
+
+
+def _last_evaluation(path: Path) -> dict[str, float]:
+    for line in reversed(path.read_text(encoding="utf-8").splitlines()):
+        record = json.loads(line)
+        if all(metric in record for metric in _METRICS):
+            return {metric: record[metric] for metric in _METRICS}
+    raise RuntimeError(
+        f"{path} has no evaluation with {' and '.join(_METRICS)}: a study needs DATASETS.TEST and masks."
+    )
+
+
+def _backbone_alone(folder: Path) -> Path:
+    """Writes what a run's final weights have of the transformer to a file of its own."""
+    path = folder / "backbone.pth"
+    if not path.is_file():
+        model = torch.load(folder / "model_final.pth", map_location="cpu", weights_only=True)["model"]
+        torch.save({"model": {key: value for key, value in model.items() if key.startswith("backbone.net.")}}, path)
+    return path
+
+
+def _words(settings: Settings) -> list[str]:
+    """KEY VALUE words of a command line."""
+    return [word for key, value in settings.items() for word in (key, str(value))]
+
+
+def _folder_name(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in name)

@@ -1,0 +1,47 @@
+#!/usr/bin/env python
+"""Trains the variants of a study over seeds and starts, and ends with a table and a plot of their AP.
+
+Usage: python tools/study.py --study configs/studies/digits.yaml --output output/studies/digits
+A run that is finished is not repeated, an interrupted one goes on: give the same command again.
+"""
+
+import argparse
+import logging
+import os
+import sys
+
+import karat_det  # noqa: F401  before Detectron2, whose imports warn of their own old calls
+
+# isort: split
+import torch
+from detectron2.utils.logger import setup_logger
+
+from karat_det.analysis.study import Study, run_study, write_report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--study", required=True, help="YAML file of the study")
+    parser.add_argument("--output", required=True, help="folder for the runs, the table and the plot")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=torch.cuda.device_count() or os.cpu_count(),
+        help="runs at a time (default: %(default)s)",
+    )
+    args = parser.parse_args()
+    if args.jobs < 1:
+        parser.error(f"--jobs is {args.jobs}. It must be at least 1.")
+    setup_logger(name="karat_det")
+    logging.getLogger("karat_det.checkpoint").setLevel(logging.WARNING)
+    try:
+        study = Study.load(args.study)
+        os.makedirs(args.output, exist_ok=True)
+        print(write_report(study, run_study(study, args.output, args.jobs), args.output))
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+    print(f"Written to {args.output}: table.md, plot.png, results.json")
+
+
+if __name__ == "__main__":
+    main()
