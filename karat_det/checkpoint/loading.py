@@ -1,7 +1,8 @@
 """Weights into models: safe reading, and an account of what was loaded that a user can check.
 
 Files are those of `torch.save`: a state dict, or a dict that holds one under "model", as Detectron2's checkpoints do.
-They are read by torch's weights-only loader, which runs no code from a file.
+Those saved here hold under "token_grids" the (H, W) of each operator's tokens too. They are read by torch's
+weights-only loader, which runs no code from a file.
 """
 
 import logging
@@ -14,12 +15,18 @@ from urllib.parse import urlparse
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
+
+from .resampling import resample_state, token_grids
 
 logger = logging.getLogger(__name__)
 
 
 class SafeCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, but it runs no code from a file and stops where weights do not fit the model.
+
+    Weights of a model for another image or window size are resampled to the model's tokens, unless a run resumes: the
+    state of its optimiser would no longer fit.
 
     Args:
         model: the model to save and load.
@@ -36,11 +43,13 @@ class SafeCheckpointer(DetectionCheckpointer):
         super().__init__(model, save_dir, **checkpointables)
         self.strict = strict
         self.complete = complete
+        self.resample = True
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Continues from the run's last checkpoint if `resume` and there is one, else loads the model from `path`."""
         if resume and self.has_checkpoint():
             self.strict = self.complete = True
+            self.resample = False
             path = self.get_checkpoint_file()
             check_weights_file(path, "last_checkpoint in OUTPUT_DIR")
             return self.load(path)
@@ -60,7 +69,8 @@ class SafeCheckpointer(DetectionCheckpointer):
         states = {key: checkpointable.state_dict() for key, checkpointable in self.checkpointables.items()}
         path = os.path.join(self.save_dir, f"{name}.pth")
         logger.info("Saving checkpoint to %s", path)
-        torch.save({"model": self.model.state_dict(), **states, **extra}, f"{path}.partial")
+        model = {"model": self.model.state_dict(), "token_grids": token_grids(self.model)}
+        torch.save({**model, **states, **extra}, f"{path}.partial")
         os.replace(f"{path}.partial", path)
         self.tag_last_checkpoint(f"{name}.pth")
 
@@ -83,12 +93,20 @@ class SafeCheckpointer(DetectionCheckpointer):
         return checkpoint
 
     def _load_model(self, checkpoint: dict[str, Any]):
-        in_file = set(checkpoint["model"])
+        state = checkpoint["model"]
+        in_file = set(state)
+        if all(key.startswith("module.") for key in state):  # of a model in DistributedDataParallel
+            consume_prefix_in_state_dict_if_present(state, "module.")
+        grids = checkpoint.pop("token_grids", {})
+        resampled, refused = resample_state(state, self.model, grids) if self.resample else ({}, {})
         incompatible = super()._load_model(checkpoint)
         misfits = {key for key, _, _ in incompatible.incorrect_shapes}
         absent = [key for key in incompatible.missing_keys if key not in misfits]
         loaded = [key for key in self.model.state_dict() if key not in misfits and key not in incompatible.missing_keys]
         logger.info("Loaded %d of the file's %d tensors:\n%s", len(loaded), len(in_file), _by_module(loaded))
+        if resampled:
+            rows = "\n".join(f"  {key}: {change}" for key, change in resampled.items())
+            logger.info("Of these resampled to the model's tokens: %d tensors\n%s", len(resampled), rows)
         if absent:
             logger.info(
                 "Not in the file, left at their initialisation: %d tensors\n%s", len(absent), _by_module(absent)
@@ -103,6 +121,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         if misfits:
             rows = "\n".join(
                 f"  {key}: {shape_in_file} in the file, {shape_in_model} in the model"
+                + (f"; {refused[key]}" if key in refused else "")
                 for key, shape_in_file, shape_in_model in incompatible.incorrect_shapes
             )
             unfit.append(f"{len(misfits)} tensors have another shape than the model's:\n{rows}")

@@ -1,3 +1,4 @@
+import shutil
 from functools import partial
 
 import numpy as np
@@ -351,3 +352,34 @@ def test_sizes_that_do_not_fit_name_key_value_and_remedy(configs, overrides, mes
 def test_softmax_windows_may_be_padded_as_in_detectron2(configs):
     backbone = build(configs, ENABLED=False, IMG_SIZE=96, WINDOW_SIZE=4)
     assert backbone(torch.randn(1, 3, 96, 96))["p4"].shape == (1, 16, 6, 6)
+
+
+@pytest.mark.parametrize(
+    ("choice", "residual", "backend"),
+    # Both trace as the compiler does and need no compiler; "aot_eager" traces the backward pass too.
+    [("operator", "none", "aot_eager"), ("softmax", "softmax", "eager"), ("window", "softmax", "eager")],
+)
+def test_the_vit_compiles_without_a_graph_break_to_the_same_outputs(configs, choice, residual, backend):
+    net = build(configs, IMG_WIDTH=96, DEPTH=2, WINDOW_BLOCKS=[0], GLOBAL_BLOCKS=choice, RESIDUAL=residual).net
+    torch.compiler.reset()
+    compiled = torch.compile(net, fullgraph=True, backend=backend)
+    assert_same_outputs_and_gradients(net, compiled, torch.randn(2, 3, 64, 96))
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="Inductor needs a C++ compiler")
+def test_inductor_compiles_the_attention_to_the_same_outputs(configs):
+    attention = build(configs, DEPTH=1, WINDOW_BLOCKS=[], GLOBAL_BLOCKS="operator").net.blocks[0].attn
+    torch.compiler.reset()
+    assert_same_outputs_and_gradients(attention, torch.compile(attention, fullgraph=True), torch.randn(2, 4, 4, 24))
+
+
+def assert_same_outputs_and_gradients(module, compiled, x):
+    results = []
+    for called in (module, compiled):
+        module.zero_grad()
+        output = called(x)
+        output = output["last_feat"] if isinstance(output, dict) else output
+        output.square().sum().backward()
+        results.append([output, *(parameter.grad for parameter in module.parameters())])
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-4 * expected.abs().max().item() + 1e-6, rtol=1e-4)

@@ -1,0 +1,238 @@
+"""Weights made for one grid of tokens brought to another: a model made for 224 × 224 pixels starts one for 512 × 512.
+
+Functions and projector of an operator belong to tokens, and tokens lie on an (H, W) grid; so do relative and absolute
+positions. What belongs to neighbouring tokens is interpolated. An operator sums over its N tokens: with N' instead of N
+of them each is weighted by N / N', and the sums keep their size.
+"""
+
+import math
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attention import KArAtAttention, KArAtOperator
+
+# The fixed factor that stands before each tensor of an operator, an attribute of the operator.
+_FIXED_FACTORS = {"coefficients": "series_scale", "projector": "projector_scale"}
+
+
+class TokenGrid(NamedTuple):
+    """Tokens in rows and columns, row by row, behind a class token or none."""
+
+    height: int
+    width: int
+    class_tokens: int = 0
+
+    @classmethod
+    def of_square(cls, num_tokens: int) -> "TokenGrid | None":
+        """The square grid of so many tokens, a class token among them if they are one more; None if it is neither."""
+        for class_tokens in (0, 1):
+            side = math.isqrt(num_tokens - class_tokens)
+            if side and side**2 == num_tokens - class_tokens:
+                return cls(side, side, class_tokens)
+        return None
+
+    @property
+    def area(self) -> int:
+        return self.height * self.width
+
+    @property
+    def num_tokens(self) -> int:
+        return self.class_tokens + self.area
+
+    def __str__(self) -> str:
+        return f"{self.height} × {self.width}" + " and a class token" * self.class_tokens
+
+
+def token_grids(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Name of each operator in the model, and the (H, W) of its tokens; without those that no attention knows it of."""
+    known = {
+        id(module.operator): tuple(module.input_size)
+        for module in model.modules()
+        if isinstance(module, KArAtAttention) and module.input_size
+    }
+    return {name: known[id(module)] for name, module in model.named_modules() if id(module) in known}
+
+
+def resample_state(
+    state: MutableMapping[str, Tensor], model: nn.Module, grids: Mapping[str, Sequence[int]]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Brings what belongs to tokens in a state dict to the grids of a model, in place. The rest it leaves alone.
+
+    These are operators, decomposed relative positions and absolute position embeddings. A tensor that fits the model
+    in nothing but its tokens is resampled; one that differs in heads, rank or grid size too is left as it is.
+
+    Args:
+        state: of another model of the same kind.
+        model: the model that is to load it.
+        grids: `token_grids` of the model that the state is from. An operator that it lacks has the model's grid if it
+            has the model's number of tokens, else a square one.
+
+    Returns:
+        What was resampled: keys, and from which grid to which. And what could not be: keys, and why.
+    """
+    resampled, refused = _resample_operators(state, model, grids)
+    return resampled | _resample_positions(state, model), refused
+
+
+def resample_operator(
+    state: Mapping[str, Tensor],
+    operator: KArAtOperator,
+    source: TokenGrid,
+    target: TokenGrid,
+    amplitudes: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Brings an operator's tensors from one grid of tokens to another, so that it computes the same on the same image.
+
+    With e the effective coefficients, the tensor times the operator's fixed factor for N tokens, e' is e interpolated,
+    times N / N' for each of its axes that runs over tokens. A class token has the weight of one token on either grid.
+
+    Args:
+        state: tensors of an operator that differs from `operator` in its tokens only, by name.
+        operator: the operator that is to hold the result.
+        source: grid of the tokens of `state`.
+        target: grid of the operator's tokens, with a class token only if `source` has one.
+        amplitudes: which indices of the basis' family axes φ is linear in, a boolean tensor of the shape of these axes.
+            The others, such as a wavelet's width, are interpolated but not weighted. None is all of them.
+
+    Returns:
+        The tensors for `operator`, by name.
+    """
+    before = _with_tokens(operator, source.num_tokens)
+    factors = {key: getattr(before, name) / getattr(operator, name) for key, name in _FIXED_FACTORS.items()}
+    weights = dict.fromkeys(_FIXED_FACTORS, source.area / target.area)
+    if operator.config.base_function != "zero":
+        # b(x) has no amplitude. W, which is linear, takes the factor of the sums that b is part of.
+        factors["projector"] *= factors["coefficients"] * weights["coefficients"]
+        factors["coefficients"] = weights["coefficients"] = 1.0
+    result = {}
+    for key, axes in _token_axes(operator).items():
+        plain = weighted = state[key]
+        for axis in axes:
+            plain = resample_tokens(plain, axis, source, target)
+            weighted = resample_tokens(weighted, axis, source, target, weights[key])
+        result[key] = factors[key] * weighted
+        if amplitudes is not None and key != "projector":
+            result[key] = torch.where(amplitudes[..., None, None], result[key], plain)
+    return result
+
+
+def resample_tokens(tensor: Tensor, axis: int, source: TokenGrid, target: TokenGrid, weight: float = 1.0) -> Tensor:
+    """Interpolates along an axis of tokens, in the two dimensions of their grid.
+
+    Args:
+        tensor: any shape, with the tokens of `source` along `axis`.
+        axis: index of that axis.
+        source, target: `target` has a class token only if `source` has one; it is kept as it is, or dropped.
+        weight: factor of the interpolated values.
+
+    Returns:
+        A tensor of the same shape but for the tokens of `target` along `axis`, in float32 or wider.
+    """
+    tokens = _exact(tensor).movedim(axis, -1)
+    class_tokens, on_grid = tokens.split([source.class_tokens, source.area], dim=-1)
+    # Antialiasing lets every token count where the grid shrinks.
+    on_grid = F.interpolate(
+        on_grid.reshape(1, -1, source.height, source.width),
+        size=(target.height, target.width),
+        mode="bicubic",
+        antialias=True,
+    ).reshape(*tokens.shape[:-1], target.area)
+    return torch.cat([class_tokens[..., : target.class_tokens], weight * on_grid], dim=-1).movedim(-1, axis)
+
+
+def _resample_operators(
+    state: MutableMapping[str, Tensor], model: nn.Module, grids: Mapping[str, Sequence[int]]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """`resample_state` for operators."""
+    resampled, refused = {}, {}
+    targets = token_grids(model)
+    for name, operator in model.named_modules():
+        if not isinstance(operator, KArAtOperator):
+            continue
+        prefix = f"{name}." if name else ""
+        names = [key for key, _ in operator.named_parameters()]
+        if not all(prefix + key in state for key in names):
+            continue
+        held = {key: state[prefix + key] for key in names}
+        num_tokens = _num_tokens(held, operator)
+        if num_tokens is None:
+            continue
+        if num_tokens == operator.num_tokens and not (name in grids and name in targets):
+            continue
+        source = TokenGrid(*grids[name]) if name in grids else TokenGrid.of_square(num_tokens)
+        target = TokenGrid(*targets[name]) if name in targets else TokenGrid.of_square(operator.num_tokens)
+        if source == target:
+            continue
+        if source is None or target is None or source.class_tokens < target.class_tokens:
+            reason = (
+                f"its {num_tokens} tokens are no square grid, and the file does not say which one they are"
+                if source is None
+                else f"a grid of {source} cannot be brought to the model's {operator.num_tokens} tokens"
+            )
+            refused |= {prefix + key: reason for key in held}
+            continue
+        for key, tensor in resample_operator(held, operator, source, target).items():
+            state[prefix + key] = tensor
+            resampled[prefix + key] = f"{source} to {target}"
+    return resampled, refused
+
+
+def _resample_positions(state: MutableMapping[str, Tensor], model: nn.Module) -> dict[str, str]:
+    """`resample_state` for positions, relative and absolute. Returns what was resampled."""
+    resampled = {}
+    for key, tensor in model.state_dict().items():
+        if key not in state or state[key].shape == tensor.shape:
+            continue
+        if key.endswith(("rel_pos_h", "rel_pos_w")) and state[key].shape[1:] == tensor.shape[1:]:
+            resampled[key] = f"{len(state[key])} to {len(tensor)}"
+            state[key] = F.interpolate(_exact(state[key]).T[None], size=len(tensor), mode="linear")[0].T
+        elif key.endswith("pos_embed") and state[key].ndim == 3 and state[key].shape[::2] == tensor.shape[::2]:
+            source, target = (TokenGrid.of_square(each.shape[1]) for each in (state[key], tensor))
+            if source is None or target is None:
+                continue
+            resampled[key] = f"{source} to {target}"
+            # A class token's row that the file lacks stays the model's; detectors do not read it.
+            on_grid = resample_tokens(state[key], 1, source, target._replace(class_tokens=0))
+            class_row = state[key][:, :1] if source.class_tokens else tensor[:, :1].to(on_grid.device)
+            state[key] = torch.cat([class_row[:, : target.class_tokens], on_grid], dim=1)
+    return resampled
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    """The tensor in float32 or wider: not every device interpolates in less."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _num_tokens(state: Mapping[str, Tensor], operator: KArAtOperator) -> int | None:
+    """N of an operator's tensors; None if they differ from the operator's in more than that."""
+    axes = _token_axes(operator)
+    sizes = {tensor.shape[axis] for key, tensor in state.items() for axis in axes[key] if axis < tensor.ndim}
+    if len(sizes) != 1:
+        return None
+    num_tokens = sizes.pop()
+    for key, tensor in state.items():
+        expected = list(operator.get_parameter(key).shape)
+        for axis in axes[key]:
+            expected[axis] = num_tokens
+        if list(tensor.shape) != expected:
+            return None
+    return num_tokens
+
+
+def _token_axes(operator: KArAtOperator) -> dict[str, list[int]]:
+    """Which axes of each of the operator's tensors run over tokens: those that grow with their number."""
+    larger = _with_tokens(operator, operator.num_tokens + 1)
+    return {
+        key: [axis for axis, size in enumerate(tensor.shape) if size != larger.get_parameter(key).shape[axis]]
+        for key, tensor in operator.named_parameters()
+    }
+
+
+def _with_tokens(operator: KArAtOperator, num_tokens: int) -> KArAtOperator:
+    """An operator of the same kind for so many tokens: shapes and fixed factors, no values."""
+    with torch.device("meta"):
+        return KArAtOperator(operator.num_heads, num_tokens, operator.config)
