@@ -246,6 +246,6 @@ def _sum_over_inputs(values: Tensor, mask: Tensor | None) -> Tensor:
 
 def _mean_over_normal(function) -> float:
     """Mean of function(x) over x ~ N(0, 1), by the trapezoidal rule."""
-    x = torch.linspace(-8, 8, 4001, dtype=torch.float64)
+    x = torch.linspace(-8, 8, 4001, dtype=torch.float64, device="cpu")  # also where the operator is made on "meta"
     weights = torch.exp(-(x**2) / 2)
     return (function(x) * weights).sum().item() / weights.sum().item()

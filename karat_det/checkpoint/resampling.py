@@ -16,7 +16,11 @@ from torch import Tensor, nn
 from ..attention import KArAtAttention, KArAtOperator
 
 # The fixed factor that stands before each tensor of an operator, an attribute of the operator.
-_FIXED_FACTORS = {"coefficients": "series_scale", "projector": "projector_scale"}
+_FIXED_FACTORS = {
+    "coefficients": "series_scale",
+    "projector": "projector_scale",
+    "outer_coefficients": "outer_scale",
+}
 
 
 class TokenGrid(NamedTuple):
@@ -79,31 +83,27 @@ def resample_state(
 
 
 def resample_operator(
-    state: Mapping[str, Tensor],
-    operator: KArAtOperator,
-    source: TokenGrid,
-    target: TokenGrid,
-    amplitudes: Tensor | None = None,
+    state: Mapping[str, Tensor], operator: KArAtOperator, source: TokenGrid, target: TokenGrid
 ) -> dict[str, Tensor]:
     """Brings an operator's tensors from one grid of tokens to another, so that it computes the same on the same image.
 
     With e the effective coefficients, the tensor times the operator's fixed factor for N tokens, e' is e interpolated,
     times N / N' for each of its axes that runs over tokens. A class token has the weight of one token on either grid.
+    Of functions that are not linear in all their coefficients, such as wavelets with a width, the amplitudes alone have
+    factors.
 
     Args:
         state: tensors of an operator that differs from `operator` in its tokens only, by name.
-        operator: the operator that is to hold the result.
+        operator: the operator that is to hold the result. `can_resample` must hold for it.
         source: grid of the tokens of `state`.
         target: grid of the operator's tokens, with a class token only if `source` has one.
-        amplitudes: which indices of the basis' family axes φ is linear in, a boolean tensor of the shape of these axes.
-            The others, such as a wavelet's width, are interpolated but not weighted. None is all of them.
 
     Returns:
         The tensors for `operator`, by name.
     """
     before = _with_tokens(operator, source.num_tokens)
-    factors = {key: getattr(before, name) / getattr(operator, name) for key, name in _FIXED_FACTORS.items()}
-    weights = dict.fromkeys(_FIXED_FACTORS, source.area / target.area)
+    factors = {key: getattr(before, _FIXED_FACTORS[key]) / getattr(operator, _FIXED_FACTORS[key]) for key in state}
+    weights = dict.fromkeys(state, source.area / target.area)
     if operator.config.base_function != "zero":
         # b(x) has no amplitude. W, which is linear, takes the factor of the sums that b is part of.
         factors["projector"] *= factors["coefficients"] * weights["coefficients"]
@@ -114,10 +114,19 @@ def resample_operator(
         for axis in axes:
             plain = resample_tokens(plain, axis, source, target)
             weighted = resample_tokens(weighted, axis, source, target, weights[key])
-        result[key] = factors[key] * weighted
-        if amplitudes is not None and key != "projector":
-            result[key] = torch.where(amplitudes[..., None, None], result[key], plain)
+        amplitudes = slice(None) if key == "projector" else operator.basis.amplitudes
+        plain[:, amplitudes] = factors[key] * weighted[:, amplitudes]
+        result[key] = plain
     return result
+
+
+def can_resample(operator: KArAtOperator) -> bool:
+    """Whether factors on the operator's tensors can make up for another number of tokens.
+
+    A base function has no factor of its own. Where W follows the functions it can have that factor instead.
+    """
+    config = operator.config
+    return config.base_function == "zero" or (config.order == "project_after" and config.rank is not None)
 
 
 def resample_tokens(tensor: Tensor, axis: int, source: TokenGrid, target: TokenGrid, weight: float = 1.0) -> Tensor:
@@ -166,6 +175,10 @@ def _resample_operators(
         source = TokenGrid(*grids[name]) if name in grids else TokenGrid.of_square(num_tokens)
         target = TokenGrid(*targets[name]) if name in targets else TokenGrid.of_square(operator.num_tokens)
         if source == target:
+            continue
+        if not can_resample(operator):
+            reason = f"base function {operator.config.base_function} and order {operator.config.order} fix its tokens"
+            refused |= {prefix + key: reason for key in held}
             continue
         if source is None or target is None or source.class_tokens < target.class_tokens:
             reason = (
