@@ -119,16 +119,16 @@ def _bias_start(bias, strides, inner_size, batch, head):
     return bias + (batch // inner_size) * strides[0] + (batch % inner_size) * strides[1] + head * strides[2]
 
 
-# fmt: off
+# All kernels begin with the arguments that _inputs gives. D is d, and BLOCK_D the power of two that holds it; in lower
+# case are tiles, in the gradients' kernels with d for a gradient.
 @triton.jit
 def _forward_kernel(
     query, query_strides, key, key_strides, coefficients, bias, bias_strides, bias_inner, scale,
     heads, num_tokens, D: tl.constexpr, BLOCK_D: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
     sums,
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
-):
+):  # fmt: skip
     """S of a tile of queries. Programs: (batch and head, tile)."""
-    # fmt: on
     batch_head = tl.program_id(0).to(tl.int64)
     batch, head = batch_head // heads, batch_head % heads
     query += batch * query_strides[0] + head * query_strides[1]
@@ -147,7 +147,8 @@ def _forward_kernel(
         scores = _dot(q, tl.trans(k)) * scale
         if bias is not None:
             start = _bias_start(bias, bias_strides, bias_inner, batch, head)
-            scores += _tile(start, queries, bias_strides[3], num_tokens, keys, bias_strides[4], num_tokens)
+            bias_tile = _tile(start, queries, bias_strides[3], num_tokens, keys, bias_strides[4], num_tokens)
+            scores += bias_tile.to(tl.float32)
         cosine_1, sine_1 = _cosine_and_sine(scores)
         cosine, sine = cosine_1, sine_1
         for m in tl.static_range(G):
@@ -160,16 +161,14 @@ def _forward_kernel(
     _store_tile(sums, total, queries, R, num_tokens, ranks, R)
 
 
-# fmt: off
 @triton.jit
 def _query_gradient_kernel(
     query, query_strides, key, key_strides, coefficients, bias, bias_strides, bias_inner, scale,
     heads, num_tokens, D: tl.constexpr, BLOCK_D: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
     sums_gradient, query_gradient, score_gradient,
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
-):
+):  # fmt: skip
     """The gradient of a tile of queries and, where wanted, of their scores. Programs as in the forward pass."""
-    # fmt: on
     batch_head = tl.program_id(0).to(tl.int64)
     batch, head = batch_head // heads, batch_head % heads
     query += batch * query_strides[0] + head * query_strides[1]
@@ -190,7 +189,8 @@ def _query_gradient_kernel(
         scores = _dot(q, tl.trans(k)) * scale
         if bias is not None:
             start = _bias_start(bias, bias_strides, bias_inner, batch, head)
-            scores += _tile(start, queries, bias_strides[3], num_tokens, keys, bias_strides[4], num_tokens)
+            bias_tile = _tile(start, queries, bias_strides[3], num_tokens, keys, bias_strides[4], num_tokens)
+            scores += bias_tile.to(tl.float32)
         cosine_1, sine_1 = _cosine_and_sine(scores)
         cosine, sine = cosine_1, sine_1
         dscores = tl.full((QUERIES, KEYS), 0.0, tl.float32)
@@ -207,19 +207,17 @@ def _query_gradient_kernel(
     _store_tile(query_gradient, dq * scale, queries, D, num_tokens, features, D)
 
 
-# fmt: off
 @triton.jit
 def _key_gradient_kernel(
     query, query_strides, key, key_strides, coefficients, bias, bias_strides, bias_inner, scale,
     heads, num_tokens, D: tl.constexpr, BLOCK_D: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
     sums_gradient, key_gradient, coefficients_gradient, batch_size, part_size,
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
-):
+):  # fmt: skip
     """The gradients of a tile of keys and of their coefficients, these summed over a part of the batch.
 
     Programs: (part of the batch and head, tile). Tiles of scores are transposed: (keys, queries).
     """
-    # fmt: on
     part_head = tl.program_id(0).to(tl.int64)
     part, head = part_head // heads, part_head % heads
     coefficients += head * 2 * G * num_tokens * R
@@ -246,7 +244,8 @@ def _key_gradient_kernel(
             scores = _dot(k, tl.trans(q)) * scale
             if bias is not None:
                 start = _bias_start(bias, bias_strides, bias_inner, batch, head)
-                scores += _tile(start, keys, bias_strides[4], num_tokens, queries, bias_strides[3], num_tokens)
+                bias_tile = _tile(start, keys, bias_strides[4], num_tokens, queries, bias_strides[3], num_tokens)
+                scores += bias_tile.to(tl.float32)
             cosine_1, sine_1 = _cosine_and_sine(scores)
             cosine, sine = cosine_1, sine_1
             dscores = tl.full((KEYS, QUERIES), 0.0, tl.float32)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 triton = pytest.importorskip("triton", reason="Triton comes with PyTorch's CUDA builds for Linux, and this is another")
@@ -20,20 +20,18 @@ from karat_det.attention import kernels  # noqa: E402
 LAUNCHED = ("_forward_kernel", "_query_gradient_kernel", "_key_gradient_kernel")
 
 
-@pytest.fixture(scope="module")
-def interpreted():
-    """The kernels run by Triton's interpreter, but for the two things it cannot do: fast sines, products of bfloat16."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, function in list(vars(kernels).items()):
-            if isinstance(function, triton.JITFunction):
-                inside = InterpretedFunction(function.fn)
-                # Called by itself, a function that others use would prepare the interpreter anew each time: 20 ms.
-                patch.setattr(kernels, name, inside if name in LAUNCHED else inside.rewrite())
-        # Looked up when called: the interpreter replaces the functions of the language while it runs.
-        exact = SimpleNamespace(fast_sinf=lambda x: tl.sin(x), fast_cosf=lambda x: tl.cos(x))
-        patch.setattr(kernels, "libdevice", exact)
-        patch.setattr(kernels, "_dot", lambda a, b: tl.dot(a.to(tl.float32), b.to(tl.float32)))
-        yield
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The kernels run by Triton's interpreter, but for what it does not know: fast sines, and products of bfloat16."""
+    for name, function in list(vars(kernels).items()):
+        if isinstance(function, triton.JITFunction):
+            inside = InterpretedFunction(function.fn)
+            # Called by itself, a function that others use would prepare the interpreter anew each time: 20 ms.
+            monkeypatch.setattr(kernels, name, inside if name in LAUNCHED else inside.rewrite())
+    # Looked up when called: the interpreter replaces the functions of the language while it runs.
+    exact = SimpleNamespace(fast_sinf=lambda x: tl.sin(x), fast_cosf=lambda x: tl.cos(x))
+    monkeypatch.setattr(kernels, "libdevice", exact)
+    monkeypatch.setattr(kernels, "_dot", lambda a, b: tl.dot(a.to(tl.float32), b.to(tl.float32)))
 
 
 def plain_sums(query, key, coefficients, scale, bias=None):
@@ -80,17 +78,17 @@ def assert_like_plain(inputs, tolerance, scale=0.3):
 @pytest.mark.parametrize(
     "batch, heads, num_tokens, width, grid_size, rank, bias_shape",
     [
-        ((2,), 2, 70, 92, 1, 12, None),  # several tiles of queries and of keys, none full at the end
-        ((1,), 1, 64, 64, 3, 12, None),
+        ((), 1, 70, 92, 1, 12, None),  # several tiles of queries and of keys, none full at the end
+        ((1,), 1, 32, 64, 3, 12, None),
         ((), 2, 33, 20, 2, 5, None),
-        ((2, 3), 2, 17, 8, 3, 1, None),
+        ((2, 2), 2, 9, 8, 3, 1, None),
         ((), 2, 21, 20, 2, 17, (2, 21, 21)),
-        ((3,), 2, 21, 8, 1, 5, (2, 21, 21)),
-        ((3,), 2, 21, 8, 3, 5, (3, 1, 21, 21)),
-        ((3,), 2, 21, 8, 1, 5, (21, 21)),
-        ((2, 3), 2, 21, 8, 1, 5, (3, 1, 21, 21)),
-        ((2, 3), 2, 21, 8, 1, 5, (2, 1, 1, 1, 21)),
-        ((2, 2, 2), 1, 17, 8, 1, 5, (2, 1, 17, 17)),
+        ((2,), 2, 11, 8, 1, 5, (2, 11, 11)),
+        ((2,), 2, 11, 8, 3, 5, (2, 1, 11, 11)),
+        ((2,), 2, 11, 8, 1, 5, (11, 11)),
+        ((2, 3), 1, 11, 8, 1, 5, (3, 1, 11, 11)),
+        ((2, 2), 1, 11, 8, 1, 5, (2, 1, 1, 1, 11)),
+        ((2, 2, 2), 1, 7, 8, 1, 5, (2, 1, 7, 7)),
     ],
 )
 def test_sums_and_gradients_are_the_plain_ones(
@@ -99,11 +97,12 @@ def test_sums_and_gradients_are_the_plain_ones(
     assert_like_plain(make_inputs(batch, heads, num_tokens, width, grid_size, rank, bias_shape), tolerance=2e-6)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+# The fixture may well stay the same for all examples.
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_sums_and_gradients_are_the_plain_ones_for_any_sizes(interpreted, data):
-    num_tokens = data.draw(st.integers(1, 40), "num_tokens")
-    batch = data.draw(st.lists(st.integers(1, 2), max_size=2), "batch")
+    num_tokens = data.draw(st.integers(1, 36), "num_tokens")
+    batch = data.draw(st.sampled_from([(), (1,), (2,), (1, 2), (2, 1)]), "batch")
     heads = data.draw(st.integers(1, 2), "heads")
     width = data.draw(st.integers(1, 40), "width")
     grid_size = data.draw(st.integers(1, 4), "grid_size")
@@ -114,7 +113,7 @@ def test_sums_and_gradients_are_the_plain_ones_for_any_sizes(interpreted, data):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
 def test_narrow_inputs_round_the_factors_of_products_only(interpreted, dtype, tolerance):
     """Scores reach 36 here: in bfloat16 they, and their phases, would be wrong by up to 0.125."""
-    inputs = make_inputs((2,), 2, 40, 92, 3, 12, (40, 40), dtype)
+    inputs = make_inputs((2,), 1, 50, 92, 3, 12, (50, 50), dtype)
     assert (inputs[0] @ inputs[1].transpose(-2, -1)).abs().max() > 36
     assert_like_plain(inputs, tolerance, scale=1.0)
 
@@ -129,14 +128,14 @@ def test_phases_far_from_zero_keep_their_precision(interpreted):
 
 
 def test_the_batch_split_over_programs_sums_to_the_whole_gradient(interpreted, monkeypatch):
-    inputs = make_inputs((5,), 1, 20, 16, 1, 3)
-    for enough_programs in (1, 2, 3, 100):  # 5, 3, 2 and 1 batch elements a program
+    inputs = make_inputs((3,), 1, 16, 16, 1, 3)
+    for enough_programs in (1, 2, 3):  # 3, 2 and 1 batch elements a program
         monkeypatch.setattr(kernels, "_ENOUGH_PROGRAMS", enough_programs)
         assert_like_plain(inputs, tolerance=2e-6)
 
 
 def test_results_are_the_same_in_each_run(interpreted):
-    query, key, coefficients, _ = make_inputs((3,), 1, 40, 16, 2, 3)
+    query, key, coefficients, _ = make_inputs((2,), 1, 20, 16, 2, 3)
     runs = []
     for _ in range(2):
         sums = kernels.fourier_score_sums(query, key, coefficients, 0.3)
@@ -145,20 +144,17 @@ def test_results_are_the_same_in_each_run(interpreted):
 
 
 def test_nothing_of_n_squared_is_kept_or_made(interpreted, monkeypatch):
-    num_tokens = 80
-    query, key, coefficients, _ = make_inputs((2,), 2, num_tokens, 8, 1, 3)
-    bias = torch.randn(num_tokens, num_tokens)
+    query, key, coefficients, _ = make_inputs((), 1, 64, 8, 1, 3)
+    bias_of_keys = torch.randn(64)
     kept, made = [], []
     new_empty = torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: made.append(new_empty(*a, **k)) or made[-1])
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        sums = kernels.fourier_score_sums(query, key, coefficients, 0.3, bias)
+        sums = kernels.fourier_score_sums(query, key, coefficients, 0.3, bias_of_keys)
     sums.sum().backward()
-    kept_storages = {tensor.untyped_storage().data_ptr() for tensor in kept}
-    assert bias.untyped_storage().data_ptr() in kept_storages
-    assert sum(tensor.shape[-2:] == (num_tokens, num_tokens) for tensor in kept) == 1
-    assert made
-    assert all(tensor.shape[-2:] != (num_tokens, num_tokens) for tensor in made)
+    assert bias_of_keys.data_ptr() in [tensor.data_ptr() for tensor in kept]
+    assert sums.untyped_storage().data_ptr() in [tensor.untyped_storage().data_ptr() for tensor in made]
+    assert max(tensor.untyped_storage().nbytes() for tensor in kept + made) < 64 * 64 * 4
 
 
 @pytest.mark.parametrize("bias_shape", [None, (1, 17, 17)])
@@ -216,9 +212,8 @@ class CompileOnly:
     [
         (196, 64, 1, torch.bfloat16, False),
         (196, 64, 3, torch.bfloat16, False),
-        (196, 64 + 14 + 14, 1, torch.bfloat16, False),
         (196, 64 + 14 + 14, 3, torch.bfloat16, False),
-        (196, 64 + 14 + 14, 3, torch.float32, False),
+        (196, 64 + 14 + 14, 1, torch.float32, False),
         (49, 32, 1, torch.bfloat16, True),
     ],
 )
@@ -250,8 +245,9 @@ def test_kernels_compile_for_gpus(monkeypatch, tmp_path, capability, num_tokens,
             f"{registers} registers and {spilled} bytes of spills a thread, {kernel.metadata.shared / 1024:.0f} KiB "
             f"shared memory, {len(code) / 1024:.0f} KiB of machine code"
         )
-        # The gradients of three frequencies' coefficients stay in registers all the while: a few other values, less
-        # than a twentieth of the instructions, make way for them.
-        assert spilled <= (200 if kernel.metadata.name == "_key_gradient_kernel" and grid_size > 1 else 0)
+        # At three frequencies and 92 channels the gradients of the coefficients, which stay in registers all the while,
+        # drive out a few other values: less than a twentieth of the instructions go there.
+        may_spill = kernel.metadata.name == "_key_gradient_kernel" and grid_size > 1 and width > 64
+        assert spilled <= (200 if may_spill else 0)
         assert kernel.metadata.shared <= 100 * 1024
         assert len(code) < 200 * 1024
