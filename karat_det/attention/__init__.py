@@ -1,4 +1,4 @@
-"""Kolmogorov-Arnold attention itself. It imports torch and nothing else."""
+"""Kolmogorov-Arnold attention itself. It imports torch and nothing else; `kernels`, Triton too."""
 
 from .module import KArAtAttention
 from .operator import KArAtConfig, KArAtOperator

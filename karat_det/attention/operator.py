@@ -17,6 +17,11 @@ from torch.nn import functional as F
 from .basis import BASE_FUNCTIONS, MOTHER_WAVELETS, Basis, BSpline, Fourier, Rational, Wavelet
 from .functional import by_rows, fourier_sums
 
+try:
+    from . import kernels
+except ImportError:  # Triton comes with PyTorch's CUDA builds for Linux alone
+    kernels = None
+
 _CHOICES = {
     "basis": ("fourier", "bspline", "rational", *MOTHER_WAVELETS),
     "sharing": ("blockwise", "universal"),
@@ -319,9 +324,12 @@ class KArAtOperator(nn.Module):
 
             return self._by_rows(unit_sums, query, key, bias)
 
-        query, key = at_least_float32(query), at_least_float32(key)
-        coefficients = self._scaled(self.coefficients, self.series_scale, query)
-        sums = fourier_sums(query, key, coefficients, scale, bias)
+        if self.config.triton and kernels is not None and kernels.can_run(query):
+            sums = kernels.fourier_score_sums(query, key, self.coefficients * self.series_scale, scale, bias)
+        else:
+            exact_query, exact_key = at_least_float32(query), at_least_float32(key)
+            coefficients = self._scaled(self.coefficients, self.series_scale, exact_query)
+            sums = fourier_sums(exact_query, exact_key, coefficients, scale, bias)
         if base_function is not None:
 
             def base_sums(query: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,7 +7,8 @@ from fvcore.nn import FlopCountAnalysis
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from karat_det.attention import KArAtConfig, KArAtOperator
+from karat_det.attention import KArAtConfig, KArAtOperator, functional
+from karat_det.attention import operator as operator_module
 
 SETTINGS = [
     pytest.param(
@@ -262,3 +264,23 @@ def test_another_number_of_tokens_is_refused():
 def test_parameter_count_is_2g_plus_1_times_n_r_per_head():
     operator = KArAtOperator(3, 196, KArAtConfig(grid_size=3, rank=12))
     assert sum(parameter.numel() for parameter in operator.parameters()) == 3 * (2 * 3 + 1) * 196 * 12
+
+
+@pytest.mark.parametrize("can_run", [True, False])
+@pytest.mark.parametrize("triton", [True, False])
+def test_the_kernel_takes_over_where_it_can_run_unless_it_is_switched_off(monkeypatch, triton, can_run):
+    called = []
+
+    def kernel(*arguments):
+        called.append(arguments)
+        return functional.fourier_sums(*arguments)
+
+    monkeypatch.setattr(
+        operator_module, "kernels", SimpleNamespace(can_run=lambda query: can_run, fourier_score_sums=kernel)
+    )
+    torch.manual_seed(7)
+    operator = KArAtOperator(2, 6, KArAtConfig(rank=2, triton=triton))
+    query, key, value = (torch.randn(3, 2, 6, 4) for _ in range(3))
+    attended = operator.attend(query, key, value)
+    assert bool(called) == (triton and can_run)
+    torch.testing.assert_close(attended, operator.activate(query @ key.mT / 2) @ value)
