@@ -25,6 +25,7 @@ except ModuleNotFoundError as error:
         name="detectron2",
     ) from None
 
+from .backbones import swin as _swin  # noqa: E402, F401  registers build_swin_karat_fpn_backbone
 from .backbones import vitdet as _vitdet  # noqa: E402, F401  registers build_vitdet_karat_backbone
 from .config import add_karat_config  # noqa: E402
 from .data.digits import register_digits  # noqa: E402

@@ -17,7 +17,7 @@ def add_karat_config(cfg: CN) -> None:
     """
     # The operator that replaces softmax. Each key is a field of karat_det.attention.operator.KArAtConfig.
     cfg.MODEL.KARAT = CN()
-    # False builds Detectron2's own softmax ViTDet, parameter for parameter: the baseline of every comparison.
+    # False builds Detectron2's own softmax ViTDet or Swin, parameter for parameter: the baseline of every comparison.
     cfg.MODEL.KARAT.ENABLED = True
     # Family of one-dimensional functions: "fourier", "bspline", "rational", "mexican_hat", "morlet", "dog", "meyer" or
     # "shannon".
@@ -83,10 +83,41 @@ def add_karat_config(cfg: CN) -> None:
     # Levels of the pyramid, as factors of the patch grid's resolution.
     cfg.MODEL.VIT.SCALE_FACTORS = [4.0, 2.0, 1.0, 0.5]
 
+    # Swin and a feature pyramid, built as Detectron2's SwinTransformer and FPN: MODEL.BACKBONE.NAME
+    # build_swin_karat_fpn_backbone. The defaults are Swin-Tiny. Of MODEL.KARAT, SHARING must be "blockwise", BLOCKS
+    # counts through all stages, and GLOBAL_BLOCKS has no effect: every block attends within windows.
+    cfg.MODEL.SWIN = CN()
+    # Height and width (0 is a square) of the input in pixels, to which images are resized or cropped. The backbone
+    # itself takes any size.
+    cfg.MODEL.SWIN.IMG_SIZE = 1024
+    cfg.MODEL.SWIN.IMG_WIDTH = 0
+    # Side of a patch, in pixels: the stride of the first stage, a power of 2. Each further stage halves the resolution.
+    cfg.MODEL.SWIN.PATCH_SIZE = 4
+    # Width of the first stage; each further one doubles it.
+    cfg.MODEL.SWIN.EMBED_DIM = 96
+    # Blocks of each stage and their heads. 96, [2, 2, 6, 2], [3, 6, 12, 24] is Swin-Tiny, 96, [2, 2, 18, 2],
+    # [3, 6, 12, 24] Swin-Small, 128, [2, 2, 18, 2], [4, 8, 16, 32] Swin-Base.
+    cfg.MODEL.SWIN.DEPTHS = [2, 2, 6, 2]
+    cfg.MODEL.SWIN.NUM_HEADS = [3, 6, 12, 24]
+    # Side of an attention window, in tokens.
+    cfg.MODEL.SWIN.WINDOW_SIZE = 7
+    # Hidden width of the MLP over that of the stage.
+    cfg.MODEL.SWIN.MLP_RATIO = 4.0
+    # Bias of the query, key and value projection.
+    cfg.MODEL.SWIN.QKV_BIAS = True
+    # Stochastic depth of the last block; it rises linearly from 0 in the first.
+    cfg.MODEL.SWIN.DROP_PATH_RATE = 0.2
+    # An absolute position embedding too, and the image size that it belongs to.
+    cfg.MODEL.SWIN.APE = False
+    cfg.MODEL.SWIN.PRETRAIN_IMG_SIZE = 224
+    # Stages that the pyramid is made of: neighbours, from the finest. MODEL.FPN.IN_FEATURES has no effect.
+    cfg.MODEL.SWIN.OUT_FEATURES = ["p0", "p1", "p2", "p3"]
+
     # A weights file with keys or shapes that the model does not have stops the run, unless this is False.
     cfg.MODEL.WEIGHTS_STRICT = True
 
-    # Learning rate of block i of L, of the rate of the heads: LAYER_DECAY ** (L - i). 1.0 is one rate for all.
+    # Learning rate of block i of L, of the rate of the heads: LAYER_DECAY ** (L - i). 1.0 is one rate for all, the
+    # only choice for Swin.
     cfg.SOLVER.LAYER_DECAY = 1.0
     # Learning rate of the operators' coefficients and projectors over that of the block that they are in.
     cfg.SOLVER.OPERATOR_LR_FACTOR = 1.0
@@ -113,5 +144,5 @@ def add_karat_config(cfg: CN) -> None:
 
 def image_size(cfg: CN) -> tuple[int, int]:
     """(height, width), in pixels, of the images that the model takes."""
-    vit = cfg.MODEL.VIT
-    return vit.IMG_SIZE, vit.IMG_WIDTH or vit.IMG_SIZE
+    model = cfg.MODEL.SWIN if cfg.MODEL.BACKBONE.NAME == "build_swin_karat_fpn_backbone" else cfg.MODEL.VIT
+    return model.IMG_SIZE, model.IMG_WIDTH or model.IMG_SIZE

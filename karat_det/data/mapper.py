@@ -1,9 +1,10 @@
 """From a record to what the model takes: the image resized as INPUT.RESIZE says, its instances with it.
 
 INPUT.RESIZE "fixed", in training and in testing, resizes each image to the model's height and width, which are
-MODEL.VIT.IMG_SIZE and IMG_WIDTH; the detector maps its results back to the original size. "lsj" is the large-scale
-jitter of Detectron2's ViTDet recipe: in training, the image is scaled by a random factor of INPUT.LSJ_SCALE and cropped
-to height × width at most; in testing, it becomes as large as fits in height × width. The model pads what is smaller.
+IMG_SIZE and IMG_WIDTH of MODEL.VIT or MODEL.SWIN; the detector maps its results back to the original size. "lsj" is the
+large-scale jitter of Detectron2's ViTDet recipe: in training, the image is scaled by a random factor of INPUT.LSJ_SCALE
+and cropped to height × width at most; in testing, it becomes as large as fits in height × width. The model pads what is
+smaller.
 """
 
 import importlib.util

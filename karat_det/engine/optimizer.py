@@ -9,7 +9,10 @@ from torch import nn
 # SOLVER.CLIP_GRADIENTS.CLIP_TYPE that clips by the total norm of all gradients; the trainer does it.
 FULL_MODEL = "full_model"
 # By the name of the parameter within its module. Norms and biases are known by having one dimension.
-_NO_WEIGHT_DECAY = ("pos_embed", "rel_pos_h", "rel_pos_w", "coefficients", "outer_coefficients")
+_NO_WEIGHT_DECAY = (
+    *("pos_embed", "rel_pos_h", "rel_pos_w", "absolute_pos_embed", "relative_position_bias_table"),
+    *("coefficients", "outer_coefficients"),
+)
 _OPERATOR = ("coefficients", "projector", "outer_coefficients")
 
 
@@ -22,7 +25,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.AdamW:
 
     Args:
         cfg: a config with the keys of `add_karat_config`.
-        model: the detector, not wrapped; its ViT is `backbone.net`.
+        model: the detector, not wrapped; with layer decay, its ViT is `backbone.net`.
     """
     solver = cfg.SOLVER
     groups = []

@@ -148,6 +148,11 @@ def _check(cfg: CfgNode) -> None:
             raise ValueError(f"SOLVER.{key} is {cfg.SOLVER[key]}. It must be at least 1.")
     if not 0 < cfg.SOLVER.LAYER_DECAY <= 1:
         raise ValueError(f"SOLVER.LAYER_DECAY is {cfg.SOLVER.LAYER_DECAY}. It must be above 0 and at most 1.")
+    if cfg.SOLVER.LAYER_DECAY != 1 and cfg.MODEL.BACKBONE.NAME != "build_vitdet_karat_backbone":
+        raise ValueError(
+            f"SOLVER.LAYER_DECAY is {cfg.SOLVER.LAYER_DECAY}, which is for build_vitdet_karat_backbone. With "
+            f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} it must be 1.0."
+        )
     if not cfg.SOLVER.OPERATOR_LR_FACTOR > 0:
         raise ValueError(f"SOLVER.OPERATOR_LR_FACTOR is {cfg.SOLVER.OPERATOR_LR_FACTOR}. It must be above 0.")
     world_size = comm.get_world_size()

@@ -64,6 +64,12 @@ def test_fixed_resizes_to_a_height_and_a_width(cfg, records, is_train):
         torch.testing.assert_close(example["instances"].gt_boxes.tensor, expected)
 
 
+def test_swin_has_a_size_of_its_own(cfg, records):
+    cfg.MODEL.BACKBONE.NAME = "build_swin_karat_fpn_backbone"
+    cfg.MODEL.SWIN.IMG_SIZE, cfg.MODEL.SWIN.IMG_WIDTH = 96, 128
+    assert build_mapper(cfg, True)(records[0])["image"].shape == (3, 96, 128)
+
+
 @pytest.mark.parametrize("flip, axis", [("horizontal", 1), ("vertical", 0)])
 def test_flips_occur_in_training_half_of_the_time(cfg, records, flip, axis):
     np.random.seed(0)

@@ -71,3 +71,21 @@ def test_layer_decay_one_is_one_rate_for_all(configs):
     assert (optimizer.defaults["eps"], optimizer.defaults["betas"]) == (1e-6, (0.9, 0.999))
     assert isinstance(optimizer, torch.optim.AdamW)
     assert math.isclose(max(group["weight_decay"] for group in optimizer.param_groups), cfg.SOLVER.WEIGHT_DECAY)
+
+
+def test_swins_positions_have_no_weight_decay(configs):
+    opts = "MODEL.SWIN.APE True MODEL.SWIN.DEPTHS [1] MODEL.SWIN.NUM_HEADS [3] MODEL.SWIN.OUT_FEATURES ['p0']"
+    levels = "MODEL.RPN.IN_FEATURES ['p2','p3'] MODEL.ROI_HEADS.IN_FEATURES ['p2'] MODEL.ANCHOR_GENERATOR.SIZES [[32]]"
+    cfg = load_cfg(str(configs / "swin" / "swin_t_g1b.yaml"), f"{opts} {levels}".split())
+    model = build_model(cfg)
+    groups = build_optimizer(cfg, model).param_groups
+    decay = {parameter: group["weight_decay"] for group in groups for parameter in group["params"]}
+    exempt = {name for name, parameter in model.named_parameters() if decay[parameter] == 0 and parameter.ndim > 1}
+    assert exempt == {
+        f"backbone.bottom_up.{name}"
+        for name in (
+            "absolute_pos_embed",
+            "layers.0.blocks.0.attn.relative_position_bias_table",
+            "layers.0.blocks.0.attn.operator.coefficients",
+        )
+    }

@@ -8,6 +8,7 @@ from detectron2.modeling import build_model
 from detectron2.modeling.roi_heads import FastRCNNConvFCHead
 
 from karat_det.attention import KArAtAttention
+from karat_det.backbones.swin import KArAtWindowAttention
 from karat_det.config import add_karat_config
 from karat_det.engine.setup import check_output_dir, load_cfg, run_distributed
 
@@ -117,7 +118,7 @@ def test_every_key_is_explained():
             assert source[number - 1].strip().startswith(("#", "cfg.")), line
     cfg = CfgNode({"MODEL": {}, "SOLVER": {}, "INPUT": {}, "TEST": {}})
     add_karat_config(cfg)
-    assert set(cfg.MODEL) == {"KARAT", "VIT", "WEIGHTS_STRICT"}
+    assert set(cfg.MODEL) == {"KARAT", "VIT", "SWIN", "WEIGHTS_STRICT"}
 
 
 def test_the_cpu_trains_in_float32_unless_told_otherwise(configs):
@@ -134,9 +135,11 @@ BUILT = [path for path in ALL_CONFIGS if "base" not in path.stem and "imagenet" 
 def test_configs_build_their_model(path):
     cfg = load_cfg(str(path), ["MODEL.DEVICE", "cpu"])
     model = build_model(cfg)
-    blocks = [type(block.attn) for block in model.backbone.net.blocks]
-    num_karat = 0 if not cfg.MODEL.KARAT.ENABLED else 8 if cfg.MODEL.KARAT.GLOBAL_BLOCKS == "softmax" else len(blocks)
-    assert blocks.count(KArAtAttention) == num_karat
+    attentions = [module for module in model.backbone.modules() if hasattr(module, "qkv")]
+    num_karat = (
+        0 if not cfg.MODEL.KARAT.ENABLED else 8 if cfg.MODEL.KARAT.GLOBAL_BLOCKS == "softmax" else len(attentions)
+    )
+    assert sum(isinstance(each, (KArAtAttention, KArAtWindowAttention)) for each in attentions) == num_karat
     operators = {name for name, _ in model.named_parameters() if name.endswith("operator.coefficients")}
     assert len(operators) == (min(1, num_karat) if cfg.MODEL.KARAT.SHARING == "universal" else num_karat)
     box_head = model.roi_heads.box_head

@@ -1,0 +1,248 @@
+"""KArAt in Swin: Detectron2's SwinTransformer and FPN, built from YAML, with its window attention replaced.
+
+"Swin Transformer: Hierarchical Vision Transformer using Shifted Windows", arXiv 2103.14030, as in
+detectron2.modeling.backbone.swin. A block attends within windows of M × M tokens (W-MSA); every second one shifts them
+by M / 2 (SW-MSA), rolling the feature map, so that windows at its edge hold tokens that are no neighbours. Feature maps
+are padded to whole windows. Softmax masks the first by −100 and attends to the second; KArAt attends to neither.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool
+from detectron2.modeling.backbone.swin import SwinTransformer, SwinTransformerBlock, WindowAttention, window_partition
+from torch import Tensor
+
+from ..attention.operator import KArAtConfig, KArAtOperator
+from .vitdet import karat_config
+
+
+@BACKBONE_REGISTRY.register()
+def build_swin_karat_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """Builds Swin and a feature pyramid, with KArAt in Swin's blocks, from MODEL.SWIN, MODEL.KARAT and MODEL.FPN.
+
+    With MODEL.KARAT.ENABLED False it is Detectron2's own, key for key. It takes images of any size that its strides
+    divide, and Detectron2's detectors pad images to that. Levels of the pyramid are named after their stride: p2 has
+    one of 2² pixels. Operators are `bottom_up.layers.<stage>.blocks.<i>.attn.operator`.
+
+    Args:
+        cfg: a config with the keys of `add_karat_config`.
+        input_shape: of the image; its channels count.
+
+    Raises:
+        ValueError: sizes do not fit each other, or a key has a value that is not allowed.
+    """
+    swin = cfg.MODEL.SWIN
+    _check_sizes(cfg)
+    net = SwinTransformer(
+        pretrain_img_size=swin.PRETRAIN_IMG_SIZE,
+        patch_size=swin.PATCH_SIZE,
+        in_chans=input_shape.channels,
+        embed_dim=swin.EMBED_DIM,
+        depths=swin.DEPTHS,
+        num_heads=swin.NUM_HEADS,
+        window_size=swin.WINDOW_SIZE,
+        mlp_ratio=swin.MLP_RATIO,
+        qkv_bias=swin.QKV_BIAS,
+        drop_path_rate=swin.DROP_PATH_RATE,
+        ape=swin.APE,
+        out_indices=[_stages(cfg).index(name) for name in swin.OUT_FEATURES],
+    )
+    # Detectron2 takes a patch of 4 pixels for granted here.
+    net._out_feature_strides = {name: swin.PATCH_SIZE * 2 ** _stages(cfg).index(name) for name in swin.OUT_FEATURES}
+    if cfg.MODEL.KARAT.ENABLED:
+        # One seed then starts the pyramid alike, whichever attention the blocks have.
+        with torch.random.fork_rng(devices=[]):
+            _replace_attention(net, cfg)
+    top_block = LastLevelMaxPool()
+    top_block.in_feature = f"p{round(math.log2(net._out_feature_strides[swin.OUT_FEATURES[-1]]))}"  # the coarsest level
+    pyramid = FPN(
+        net,
+        in_features=swin.OUT_FEATURES,
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=top_block,
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )
+    _check_levels(cfg, list(pyramid.output_shape()))
+    return pyramid
+
+
+class KArAtWindowAttention(nn.Module):
+    """W-MSA or SW-MSA with a KArAt operator where softmax stood; it takes over the layers of Detectron2's.
+
+    A token attends to those of its own region of the window. Tokens that the shift has brought together from opposite
+    edges of the feature map are in different regions, and so are tokens and padding: neither the score nor the value of
+    such a pair has any effect.
+
+    Args:
+        softmax: Detectron2's attention. Its `relative_position_bias_table`, `relative_position_index`, `qkv` and `proj`
+            become this one's.
+        shift_size: by how many tokens the windows are shifted.
+        config: see KArAtConfig.
+
+    Attributes:
+        map_size: (H, W) of the feature map, in tokens, without padding; to be set before each `forward`.
+    """
+
+    def __init__(self, softmax: WindowAttention, shift_size: int, config: KArAtConfig):
+        super().__init__()
+        self.window_size = softmax.window_size
+        self.shift_size = shift_size
+        self.num_heads = softmax.num_heads
+        self.scale = softmax.scale
+        self.relative_position_bias_table = softmax.relative_position_bias_table
+        self.register_buffer("relative_position_index", softmax.relative_position_index)
+        self.qkv = softmax.qkv
+        self.proj = softmax.proj
+        self.operator = KArAtOperator(self.num_heads, math.prod(self.window_size), config)
+        self.map_size: tuple[int, int] | None = None
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            x: tokens of the windows, (B · windows, N, C).
+            mask: Detectron2's mask for the shift, which knows nothing of padding. It is not read.
+
+        Returns:
+            A tensor of the shape of x.
+        """
+        regions = window_regions(self.map_size, self.window_size[0], self.shift_size)  # (windows, N)
+        # (3, B, windows, heads, N, d)
+        qkv = self.qkv(x).reshape(-1, *regions.shape, 3, self.num_heads, x.shape[-1] // self.num_heads)
+        qkv = qkv.permute(3, 0, 1, 4, 2, 5)
+        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)  # (heads, N, N)
+
+        # Few windows are of more than one region. The others need no mask, without which attention is leaner.
+        divided = (regions != regions[:, :1]).any(dim=1)
+        seen = regions[divided, None, None, :] == regions[divided, None, :, None]  # (windows, 1, N, N)
+        attended = qkv.new_empty(qkv.shape[1:])
+        for chosen, mask in ((~divided, None), (divided, seen.to(x.device))):
+            windows = chosen.nonzero().flatten().to(x.device)
+            if len(windows):
+                query, key, value = qkv.index_select(2, windows)
+                attended[:, windows] = self.operator.attend(query, key, value, bias, self.scale, mask)
+        return self.proj(attended.transpose(2, 3).reshape(x.shape))
+
+
+def window_regions(map_size: tuple[int, int], window_size: int, shift_size: int) -> Tensor:
+    """Number of the region that each token of each window belongs to, of shape (windows, N), on the CPU.
+
+    Args:
+        map_size: (H, W) of the feature map, in tokens, without padding.
+        window_size: side of a window, in tokens.
+        shift_size: by how many tokens the map, padded to whole windows, is rolled before it is cut into windows.
+    """
+    rows, columns = (_axis_regions(size, window_size, shift_size) for size in map_size)
+    regions = 4 * rows[:, None] + columns
+    return window_partition(regions[None, :, :, None], window_size).flatten(1)
+
+
+def _axis_regions(size: int, window_size: int, shift_size: int) -> Tensor:
+    """Along one axis of the map: 1 for what the roll has brought from the opposite edge, plus 2 for padding."""
+    places = torch.arange(math.ceil(size / window_size) * window_size).roll(-shift_size)
+    return (places < shift_size) + 2 * (places >= size)
+
+
+def _replace_attention(net: SwinTransformer, cfg: CfgNode) -> None:
+    """Puts KArAt in the place of softmax in every block that is to have it."""
+    config = karat_config(cfg)
+    swin = cfg.MODEL.SWIN
+    if config.sharing == "universal":
+        raise ValueError(
+            f"MODEL.KARAT.SHARING is universal, but the stages of Swin differ in their number of heads, "
+            f"{swin.NUM_HEADS} (MODEL.SWIN.NUM_HEADS), and an operator has functions for each head. Set "
+            "MODEL.KARAT.SHARING blockwise."
+        )
+    num_tokens = swin.WINDOW_SIZE**2
+    if config.rank is not None and config.rank > num_tokens:
+        raise ValueError(
+            f"MODEL.KARAT.RANK is {config.rank}, above N = {swin.WINDOW_SIZE}² = {num_tokens}, the number of tokens of "
+            f"a window (MODEL.SWIN.WINDOW_SIZE). It must be from 1 to {num_tokens}."
+        )
+    blocks = [block for layer in net.layers for block in layer.blocks]
+    foreign = [index for index in cfg.MODEL.KARAT.BLOCKS if index not in range(len(blocks))]
+    if foreign:
+        raise ValueError(
+            f"MODEL.KARAT.BLOCKS names {foreign}; MODEL.SWIN.DEPTHS is {swin.DEPTHS}, so blocks are 0 to "
+            f"{len(blocks) - 1}, counted through all stages."
+        )
+    chosen = [blocks[index] for index in sorted(set(cfg.MODEL.KARAT.BLOCKS))] or blocks
+    fewest = min(block.num_heads for block in chosen)
+    if config.num_karat_heads is not None and config.num_karat_heads > fewest:
+        raise ValueError(
+            f"MODEL.KARAT.NUM_KARAT_HEADS is {config.num_karat_heads}, above {fewest}, the fewest heads of a block "
+            f"that gets KArAt (MODEL.SWIN.NUM_HEADS {swin.NUM_HEADS}). It must be from 1 to {fewest}, or None for all."
+        )
+    for block in chosen:
+        block.attn = KArAtWindowAttention(block.attn, block.shift_size, config)
+        block.register_forward_pre_hook(_pass_map_size)
+
+
+def _pass_map_size(block: SwinTransformerBlock, inputs: tuple) -> None:
+    """Tells a block's attention the size of the feature map; Detectron2 tells it to the block alone."""
+    block.attn.map_size = block.H, block.W
+
+
+def _stages(cfg: CfgNode) -> list[str]:
+    """Names of Swin's stages, as its outputs have them."""
+    return [f"p{stage}" for stage in range(len(cfg.MODEL.SWIN.DEPTHS))]
+
+
+def _check_sizes(cfg: CfgNode) -> None:
+    """Checks MODEL.SWIN and MODEL.FPN before anything is built."""
+    swin = cfg.MODEL.SWIN
+    for key, least in (("EMBED_DIM", 1), ("IMG_SIZE", 1), ("IMG_WIDTH", 0), ("WINDOW_SIZE", 2), ("PATCH_SIZE", 2)):
+        if swin[key] < least:
+            raise ValueError(f"MODEL.SWIN.{key} is {swin[key]}. It must be at least {least}.")
+    if not math.log2(swin.PATCH_SIZE).is_integer():
+        raise ValueError(f"MODEL.SWIN.PATCH_SIZE is {swin.PATCH_SIZE}. It must be a power of 2, as Swin's strides are.")
+    if swin.APE and swin.PRETRAIN_IMG_SIZE < swin.PATCH_SIZE:
+        raise ValueError(
+            f"MODEL.SWIN.PRETRAIN_IMG_SIZE is {swin.PRETRAIN_IMG_SIZE}. With MODEL.SWIN.APE it must be at least "
+            f"MODEL.SWIN.PATCH_SIZE, {swin.PATCH_SIZE}."
+        )
+    for key in ("DEPTHS", "NUM_HEADS"):
+        if not swin[key] or min(swin[key]) < 1:
+            raise ValueError(f"MODEL.SWIN.{key} is {swin[key]}. It must have a number for each stage, each at least 1.")
+    if len(swin.DEPTHS) != len(swin.NUM_HEADS):
+        raise ValueError(
+            f"MODEL.SWIN.DEPTHS is {swin.DEPTHS}, NUM_HEADS is {swin.NUM_HEADS}. Both must have one number for each "
+            "stage."
+        )
+    for stage, num_heads in enumerate(swin.NUM_HEADS):
+        width = swin.EMBED_DIM * 2**stage
+        if width % num_heads:
+            raise ValueError(
+                f"MODEL.SWIN.NUM_HEADS is {swin.NUM_HEADS}: {num_heads} does not divide {width}, the width of stage "
+                f"{stage} (MODEL.SWIN.EMBED_DIM · 2^{stage})."
+            )
+    stages = _stages(cfg)
+    neighbours = [stages[i:j] for i in range(len(stages)) for j in range(i + 1, len(stages) + 1)]
+    if list(swin.OUT_FEATURES) not in neighbours:
+        raise ValueError(
+            f"MODEL.SWIN.OUT_FEATURES is {swin.OUT_FEATURES}. It must be neighbours among {stages}, which are the "
+            "stages of MODEL.SWIN.DEPTHS, in this order."
+        )
+    if cfg.MODEL.FPN.FUSE_TYPE not in ("sum", "avg"):
+        raise ValueError(f"MODEL.FPN.FUSE_TYPE is {cfg.MODEL.FPN.FUSE_TYPE!r}, which is unknown. Known: sum, avg.")
+
+
+def _check_levels(cfg: CfgNode, levels: list[str]) -> None:
+    """Checks that the heads read levels that the pyramid has, and that each of the RPN's has its anchors."""
+    for head in ("RPN", "ROI_HEADS"):
+        if not set(cfg.MODEL[head].IN_FEATURES) <= set(levels):
+            raise ValueError(
+                f"MODEL.{head}.IN_FEATURES is {cfg.MODEL[head].IN_FEATURES}. With MODEL.SWIN.PATCH_SIZE "
+                f"{cfg.MODEL.SWIN.PATCH_SIZE} and OUT_FEATURES {cfg.MODEL.SWIN.OUT_FEATURES} the levels are {levels}."
+            )
+    sizes = cfg.MODEL.ANCHOR_GENERATOR.SIZES
+    if len(sizes) not in (1, len(cfg.MODEL.RPN.IN_FEATURES)):
+        raise ValueError(
+            f"MODEL.ANCHOR_GENERATOR.SIZES is {sizes}. It must have one list of sizes for each of MODEL.RPN."
+            f"IN_FEATURES, {cfg.MODEL.RPN.IN_FEATURES}."
+        )
