@@ -6,7 +6,11 @@ Without effect are those of what is replaced here: INPUT.MIN_SIZE_* and MAX_SIZE
 says), and SOLVER.MOMENTUM, NESTEROV, BIAS_LR_FACTOR, WEIGHT_DECAY_NORM and WEIGHT_DECAY_BIAS (the optimiser is AdamW).
 """
 
+from dataclasses import fields
+
 from detectron2.config import CfgNode as CN
+
+from .attention.operator import KArAtConfig
 
 
 def add_karat_config(cfg: CN) -> None:
@@ -146,3 +150,16 @@ def image_size(cfg: CN) -> tuple[int, int]:
     """(height, width), in pixels, of the images that the model takes."""
     model = cfg.MODEL.SWIN if cfg.MODEL.BACKBONE.NAME == "build_swin_karat_fpn_backbone" else cfg.MODEL.VIT
     return model.IMG_SIZE, model.IMG_WIDTH or model.IMG_SIZE
+
+
+def karat_config(cfg: CN) -> KArAtConfig:
+    """Reads MODEL.KARAT; its keys are the upper-case names of KArAtConfig's fields.
+
+    Raises:
+        ValueError: a key has a value that is not allowed.
+    """
+    try:
+        return KArAtConfig(**{field.name: cfg.MODEL.KARAT[field.name.upper()] for field in fields(KArAtConfig)})
+    except ValueError as error:
+        field, _, complaint = str(error).partition(" ")
+        raise ValueError(f"MODEL.KARAT.{field.upper()} {complaint}") from None

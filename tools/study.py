@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Trains the variants of a study over seeds and starts, and ends with a table and a plot of their AP.
 
-Usage: python tools/study.py --study configs/studies/digits.yaml --output output/studies/digits
+Usage: python tools/study.py --study studies/digits.yaml --output output/studies/digits
 A run that is finished is not repeated, an interrupted one goes on: give the same command again.
 """
 

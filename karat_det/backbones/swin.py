@@ -18,7 +18,8 @@ from detectron2.modeling.backbone.swin import SwinTransformer, SwinTransformerBl
 from torch import Tensor
 
 from ..attention.operator import KArAtConfig, KArAtOperator
-from .vitdet import karat_config
+from ..config import karat_config
+from .levels import check_levels
 
 
 @BACKBONE_REGISTRY.register()
@@ -68,7 +69,8 @@ def build_swin_karat_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
         top_block=top_block,
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )
-    _check_levels(cfg, list(pyramid.output_shape()))
+    made_of = f"MODEL.SWIN.PATCH_SIZE {swin.PATCH_SIZE} and OUT_FEATURES {swin.OUT_FEATURES}"
+    check_levels(cfg, list(pyramid.output_shape()), made_of)
     return pyramid
 
 
@@ -230,19 +232,3 @@ def _check_sizes(cfg: CfgNode) -> None:
         )
     if cfg.MODEL.FPN.FUSE_TYPE not in ("sum", "avg"):
         raise ValueError(f"MODEL.FPN.FUSE_TYPE is {cfg.MODEL.FPN.FUSE_TYPE!r}, which is unknown. Known: sum, avg.")
-
-
-def _check_levels(cfg: CfgNode, levels: list[str]) -> None:
-    """Checks that the heads read levels that the pyramid has, and that each of the RPN's has its anchors."""
-    for head in ("RPN", "ROI_HEADS"):
-        if not set(cfg.MODEL[head].IN_FEATURES) <= set(levels):
-            raise ValueError(
-                f"MODEL.{head}.IN_FEATURES is {cfg.MODEL[head].IN_FEATURES}. With MODEL.SWIN.PATCH_SIZE "
-                f"{cfg.MODEL.SWIN.PATCH_SIZE} and OUT_FEATURES {cfg.MODEL.SWIN.OUT_FEATURES} the levels are {levels}."
-            )
-    sizes = cfg.MODEL.ANCHOR_GENERATOR.SIZES
-    if len(sizes) not in (1, len(cfg.MODEL.RPN.IN_FEATURES)):
-        raise ValueError(
-            f"MODEL.ANCHOR_GENERATOR.SIZES is {sizes}. It must have one list of sizes for each of MODEL.RPN."
-            f"IN_FEATURES, {cfg.MODEL.RPN.IN_FEATURES}."
-        )

@@ -5,7 +5,6 @@ detectron2.modeling.backbone.vit. Feature maps are (B, C, H / stride, W / stride
 """
 
 import math
-from dataclasses import fields
 from functools import partial
 
 import torch
@@ -18,8 +17,9 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.backbone.vit import SimpleFeaturePyramid, ViT
 
 from ..attention.module import KArAtAttention
-from ..attention.operator import KArAtConfig, KArAtOperator
-from ..config import image_size
+from ..attention.operator import KArAtOperator
+from ..config import image_size, karat_config
+from .levels import check_levels
 
 GLOBAL_BLOCKS = ("operator", "softmax", "window")
 SCALE_FACTORS = (4.0, 2.0, 1.0, 0.5)
@@ -82,21 +82,9 @@ def build_vitdet_karat_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SimpleF
         norm=cfg.MODEL.FPN.NORM,
         square_pad=height if height == width else 0,
     )
-    _check_levels(cfg, list(pyramid.output_shape()))
+    made_of = f"MODEL.VIT.PATCH_SIZE {vit.PATCH_SIZE} and SCALE_FACTORS {vit.SCALE_FACTORS}"
+    check_levels(cfg, list(pyramid.output_shape()), made_of)
     return pyramid
-
-
-def karat_config(cfg: CfgNode) -> KArAtConfig:
-    """Reads MODEL.KARAT; its keys are the upper-case names of KArAtConfig's fields.
-
-    Raises:
-        ValueError: a key has a value that is not allowed.
-    """
-    try:
-        return KArAtConfig(**{field.name: cfg.MODEL.KARAT[field.name.upper()] for field in fields(KArAtConfig)})
-    except ValueError as error:
-        field, _, complaint = str(error).partition(" ")
-        raise ValueError(f"MODEL.KARAT.{field.upper()} {complaint}") from None
 
 
 class PaddingFeaturePyramid(SimpleFeaturePyramid):
@@ -259,22 +247,6 @@ def _check_sizes(cfg: CfgNode) -> None:
                 f"which MODEL.VIT.WINDOW_SIZE, {vit.WINDOW_SIZE}, does not divide; with KArAt windows must "
                 f"tile the image. Sizes that fit: {_multiples_near(vit[key], vit.PATCH_SIZE * vit.WINDOW_SIZE)}."
             )
-
-
-def _check_levels(cfg: CfgNode, levels: list[str]) -> None:
-    """Checks that the heads read levels that the pyramid has, and that each of the RPN's has its anchors."""
-    for head in ("RPN", "ROI_HEADS"):
-        if not set(cfg.MODEL[head].IN_FEATURES) <= set(levels):
-            raise ValueError(
-                f"MODEL.{head}.IN_FEATURES is {cfg.MODEL[head].IN_FEATURES}. With MODEL.VIT.PATCH_SIZE "
-                f"{cfg.MODEL.VIT.PATCH_SIZE} and SCALE_FACTORS {cfg.MODEL.VIT.SCALE_FACTORS} the levels are {levels}."
-            )
-    sizes = cfg.MODEL.ANCHOR_GENERATOR.SIZES
-    if len(sizes) not in (1, len(cfg.MODEL.RPN.IN_FEATURES)):
-        raise ValueError(
-            f"MODEL.ANCHOR_GENERATOR.SIZES is {sizes}. It must have one list of sizes for each of MODEL.RPN."
-            f"IN_FEATURES, {cfg.MODEL.RPN.IN_FEATURES}."
-        )
 
 
 def _multiples_near(size: int, divisor: int) -> str:
