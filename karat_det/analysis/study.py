@@ -115,25 +115,25 @@ def run_study(study: Study, output_dir: str | Path, jobs: int) -> list[dict[str,
         RuntimeError: a run failed otherwise.
     """
     output_dir = Path(output_dir)
-    weights = {}
-    for start, settings in study.starts.items():
-        if settings:
-            folder = output_dir / _folder_name(start)
-            _train(study, study.settings | settings, folder, job=0)
-            weights[start] = _backbone_alone(folder)
-    runs = list(study.runs())
+
+    def train_start(start: str) -> Path:
+        folder = output_dir / _folder_name(start)
+        _train(study, study.settings | study.starts[start], folder, job=0)
+        return _backbone_alone(folder)
 
     def train(job: int, variant: str, start: str, seed: int) -> dict[str, Any]:
         settings = study.settings | study.variants[variant] | {"SEED": seed}
         if start in weights:
-            settings["MODEL.WEIGHTS"] = str(weights[start])
+            settings["MODEL.WEIGHTS"] = str(weights[start].result())
         folder = output_dir / _folder_name(start) / _folder_name(variant) / f"seed_{seed}"
         result = _train(study, settings, folder, job)
         logger.info("%s, from %s, seed %d: mask AP %.1f", variant, start, seed, result["segm/AP"])
         return {"variant": variant, "start": start, "seed": seed, **result}
 
     with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(train, index % jobs, *run) for index, run in enumerate(runs)]
+        # Submitted first, so that what waits for them never keeps them from running.
+        weights = {start: pool.submit(train_start, start) for start, settings in study.starts.items() if settings}
+        futures = [pool.submit(train, index % jobs, *run) for index, run in enumerate(study.runs())]
         try:
             return [future.result() for future in futures]
         except BaseException:
@@ -172,8 +172,9 @@ def write_report(study: Study, results: list[dict[str, Any]], output_dir: str | 
         for start in study.starts:
             mask_ap = values[start, variant, "segm/AP"]
             row.append(_mean_and_deviation(mask_ap))
-            difference = mask_ap - values[start, baseline, "segm/AP"]
-            row.append("" if variant == baseline else f"{difference.mean():+.1f}")
+            differences = mask_ap - values[start, baseline, "segm/AP"]
+            differences = differences[np.isfinite(differences)]
+            row.append("" if variant == baseline or not len(differences) else f"{differences.mean():+.1f}")
             row.append(_mean_and_deviation(values[start, variant, "bbox/AP"]))
         rows.append(row)
     table = tabulate(rows, header, tablefmt="github", disable_numparse=True)
@@ -192,7 +193,7 @@ def _mean_and_deviation(values: np.ndarray) -> str:
 
 
 def _plot(study: Study, values: dict, path: Path) -> None:
-    """A dot for each seed, a line for their mean; a panel for each start."""
+    """A dot for each seed and a bar for their mean; a panel for each start, with the first variant's mean as a line."""
     names = list(study.variants)
     figure, panels = plt.subplots(
         1, len(study.starts), figsize=(1.5 + 4 * len(study.starts), 1 + 0.4 * len(names)), sharey=True, squeeze=False
@@ -200,13 +201,15 @@ def _plot(study: Study, values: dict, path: Path) -> None:
     for panel, start in zip(panels[0], study.starts, strict=True):
         for row, variant in enumerate(names):
             mask_ap = values[start, variant, "segm/AP"]
-            panel.plot(mask_ap, [row] * len(mask_ap), "o", color=f"C{row}", alpha=0.6)
-            panel.plot(
-                [np.nanmean(mask_ap)] * 2 if np.isfinite(mask_ap).any() else [], [row - 0.3, row + 0.3], "k-"
-            ) if (np.isfinite(mask_ap).any()) else panel.text(
-                0.02, row, "diverged", transform=panel.get_yaxis_transform(), va="center"
-            )
-        panel.axvline(np.nanmean(values[start, names[0], "segm/AP"]), color="0.7", linewidth=0.8, zorder=0)
+            finite = mask_ap[np.isfinite(mask_ap)]
+            panel.plot(finite, [row] * len(finite), "o", color="C0", alpha=0.6)
+            if len(finite):
+                panel.plot([finite.mean()] * 2, [row - 0.3, row + 0.3], "k-")
+            if len(finite) < len(mask_ap):
+                text = f"{len(mask_ap) - len(finite)} of {len(mask_ap)} diverged"
+                panel.text(0.98, row, text, transform=panel.get_yaxis_transform(), ha="right", va="center")
+            if row == 0 and len(finite):
+                panel.axvline(finite.mean(), color="0.7", linewidth=0.8, zorder=0)
         panel.set_title(f"from {start}")
         panel.set_xlabel("mask AP")
         panel.set_yticks(range(len(names)), names)

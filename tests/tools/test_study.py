@@ -1,0 +1,77 @@
+"""tools/study.py as a process, on a small model and a few scenes of digits."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from karat_det.data.digits import generate_digits
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A folder with a dataset and a study of three variants, one of which diverges."""
+    folder = tmp_path_factory.mktemp("study")
+    generate_digits(folder, {"train": 6, "val": 2})
+    small = {
+        **{"MODEL.VIT.EMBED_DIM": 24, "MODEL.VIT.DEPTH": 2, "MODEL.FPN.OUT_CHANNELS": 8, "DATALOADER.NUM_WORKERS": 0},
+        **{"MODEL.ROI_BOX_HEAD.CONV_DIM": 8, "MODEL.ROI_BOX_HEAD.FC_DIM": 8, "MODEL.ROI_MASK_HEAD.CONV_DIM": 8},
+        **{"SOLVER.IMS_PER_BATCH": 2, "SOLVER.MAX_ITER": 2, "SOLVER.WARMUP_ITERS": 0, "TEST.DETECTIONS_PER_IMAGE": 5},
+        **{"MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0},
+    }
+    content = {
+        "CONFIG": str(ROOT / "configs" / "quickstart.yaml"),
+        "SETTINGS": small,
+        "SEEDS": [1],
+        "STARTS": {"softmax": {"MODEL.KARAT.ENABLED": False, "SEED": 7}},
+        "VARIANTS": {
+            "softmax": {"MODEL.KARAT.ENABLED": False},
+            "half": {"MODEL.KARAT.NUM_KARAT_HEADS": 1, "MODEL.KARAT.BLOCKS": [1], "SOLVER.OPERATOR_LR_FACTOR": 2.0},
+            "too fast": {"SOLVER.BASE_LR": 1e30, "SOLVER.CLIP_GRADIENTS.ENABLED": False},
+        },
+    }
+    (folder / "study.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    return folder
+
+
+def run(folder, study="study.yaml"):
+    command = [sys.executable, str(ROOT / "tools" / "study.py"), "--study", study, "--output", "out", "--jobs", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DETECTRON2_DATASETS": str(folder)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_it_trains_every_run_once_and_ends_with_a_table_and_a_plot(study):
+    done = run(study)
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = (study / "out" / "table.md").read_text()
+    assert table.strip() in done.stdout
+    rows = {line.split("|")[1].strip(): line for line in table.splitlines()}
+    assert "diverged" in rows["too fast"]
+    assert "diverged" not in rows["half"]
+    assert (study / "out" / "plot.png").is_file()
+    results = json.loads((study / "out" / "results.json").read_text())
+    assert [result["variant"] for result in results] == ["softmax", "half", "too fast"]
+    # Each starts from the softmax backbone, whose file holds nothing else, and the operator from its own start.
+    console = (study / "out" / "softmax" / "half" / "seed_1" / "console.txt").read_text()
+    assert "backbone.pth" in console
+    assert not list((study / "out").rglob("model_0*.pth"))
+
+    again = run(study)
+    assert "Training" not in again.stdout
+    assert (study / "out" / "table.md").read_text() == table
+
+
+def test_a_run_that_fails_names_its_console(study):
+    content = yaml.safe_load((study / "study.yaml").read_text())
+    content["VARIANTS"] = {"bad": {"MODEL.KARAT.RANK": 1000}}
+    (study / "bad.yaml").write_text(yaml.safe_dump(content))
+    done = run(study, "bad.yaml")
+    assert done.returncode != 0
+    assert "console.txt" in done.stderr
+    assert "Traceback" not in done.stderr
