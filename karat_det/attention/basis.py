@@ -52,7 +52,10 @@ class Basis(ABC):
 
 
 class LinearBasis(Basis):
-    """A family φ(x) = Σ_j c_j f_j(x) of fixed features f_j. Coefficients may have the inputs' batch dimensions too."""
+    """A family φ(x) = Σ_j c_j f_j(x) of fixed features f_j, c_j ~ N(0, 1) at the start.
+
+    Coefficients may have the inputs' batch dimensions too.
+    """
 
     linear = True
 
@@ -107,8 +110,8 @@ class _CosineAndSine(torch.autograd.Function):
 class BSpline(LinearBasis):
     """φ(x) = Σ_j c_j B_j(x) + w SiLU(x), B-splines of order k on G intervals over [−I, I], as in KAN.
 
-    Coefficients are c then w: (heads, G + k + 1, M, P). Outside [−I, I] what is left fades out, within k intervals, to
-    w SiLU(x). Source: section 2.2 of KAN, arXiv 2404.19756.
+    Coefficients are c then w: (heads, G + k + 1, M, P), all from N(0, 1) at the start. Outside [−I, I] what is left
+    fades out, within k intervals, to w SiLU(x). Source: section 2.2 of KAN, arXiv 2404.19756.
 
     Args:
         grid_size: number of intervals G.
@@ -168,7 +171,8 @@ class Rational(Basis):
 class Wavelet(Basis):
     """φ(x) = w ψ((x − τ) / s), w ~ N(0, 1), τ = 0, s = 1 at the start.
 
-    Coefficients are w, τ, s: (heads, 3, M, P). |s| is taken to be 0.01 at least.
+    Coefficients are w, τ, s: (heads, 3, M, P). Where |s| is below 0.01, it is 0.01 that x − τ is divided by, with the
+    sign of s.
 
     Args:
         name: of the mother wavelet ψ, see MOTHER_WAVELETS.
@@ -187,7 +191,8 @@ class Wavelet(Basis):
 
     def sums(self, inputs: Tensor, coefficients: Tensor, mask: Tensor | None = None) -> Tensor:
         weight, shift, width = (coefficient.unsqueeze(-3) for coefficient in coefficients.unbind(1))
-        width = torch.where(width.abs() < 0.01, 0.01, width)
+        # Its gradient is that of the width in use, else a narrow function would stay as it is for ever.
+        width = width + (torch.copysign(width.abs().clamp(min=0.01), width) - width).detach()
         return _sum_over_inputs(weight * self.mother_wavelet((inputs.unsqueeze(-1) - shift) / width), mask)
 
 
