@@ -421,10 +421,12 @@ def project_on_simplex(rows: Tensor, mask: Tensor | None = None) -> Tensor:
     """
     if mask is not None:
         rows = rows.masked_fill(~mask, -1e30)  # finite, for the sums below
+    # x does not change if all of y is shifted; with its maximum at 0, sums are exact where it matters.
+    rows = rows - rows.detach().amax(dim=-1, keepdim=True)
     downwards = rows.sort(dim=-1, descending=True).values
     excess = downwards.cumsum(dim=-1) - 1
     counts = torch.arange(1, rows.shape[-1] + 1, device=rows.device)
-    support = (downwards * counts > excess).sum(dim=-1, keepdim=True).clamp(min=1)
+    support = (downwards * counts > excess).sum(dim=-1, keepdim=True)  # ρ, at least 1
     threshold = excess.gather(-1, support - 1) / support
     return (rows - threshold).clamp(min=0)
 
