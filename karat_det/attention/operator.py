@@ -7,6 +7,7 @@ r values back to N. Equation 2 and section 4 of "Kolmogorov-Arnold attention", a
 linear, so σ̂(A) V = Φ̂[A] (Wᵀ V), a product of (N, r) and (r, d).
 """
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -49,11 +50,13 @@ class KArAtConfig:
             "two_operators", Φ̂₂(Φ̂₁(A)), without W.
         projection: "simplex" projects each row of σ̂(A) on the probability simplex. It forms N×N matrices. Or "none".
         residual: "none", or "softmax" for softmax(A) + W Φ̂(A), where W starts at 0: a network trained with softmax
-            then starts as exactly what it was. Without W the functions' amplitudes start at 0.
+            then starts as exactly what it was. Where W is not the last, the last functions' amplitudes start at 0; a
+            base function would stay, so that only "zero" is allowed.
         num_karat_heads: how many of a block's heads, the first ones, are KArAt; the rest are softmax. None is all.
-        init: "scaled" has coefficients of unit variance and W uniform in ±1, and fixed factors that keep units at unit
-            variance and σ̂ at the scale of 1/N whatever N, G and r: for "project_after" 1/√(N·G) before Φ̂ and 1/N before
-            W. Neither the output nor what one optimiser step does to it then grows with N.
+        init: "scaled" has fixed factors that keep units at unit variance and σ̂ at the scale of 1/N whatever N and G:
+            for Fourier and "project_after" 1/√(N·G) before Φ̂, whose coefficients are from N(0, 1), and 1/N before W,
+            uniform in ±1. Neither the output nor what one optimiser step does to it then grows with N. The factor of
+            Φ̂ is on a base function too, without being reckoned from it.
             "paper" has no fixed factors: Fourier coefficients from N(0, 1) (Table 6), and W, of which the paper says
             nothing, uniform in ±1/√m as a linear layer of m inputs.
         spline_order: k of "bspline".
@@ -94,12 +97,20 @@ class KArAtConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{field} is {value!r}. It must be a whole number, at least {least}.{none}")
-        if not self.spline_range > 0:
-            raise ValueError(f"spline_range is {self.spline_range!r}. It must be above 0.")
+        value = self.spline_range
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise ValueError(f"spline_range is {value!r}. It must be a finite number above 0.")
         if self.rank is None and self.order != "project_after":
             raise ValueError(
                 f'rank is None, but order "{self.order}" goes through r values. Set a rank, or order "project_after", '
                 "which without W is Φ̂(A) with N×N functions."
+            )
+        ends_in_projector = self.order == "project_after" and self.rank is not None
+        if self.residual == "softmax" and self.base_function != "zero" and not ends_in_projector:
+            raise ValueError(
+                f'base_function is "{self.base_function}", which with residual "softmax" needs a W after Φ̂ that starts '
+                'at zero, so that the network starts as softmax. Set base_function "zero", or order "project_after" '
+                "and a rank."
             )
 
     @classmethod
@@ -247,8 +258,8 @@ class KArAtOperator(nn.Module):
         """σ̂(scale · Q Kᵀ + bias) V, in the place of torch's scaled_dot_product_attention.
 
         The N×N matrix σ̂(A) and its product with V do not appear, unless there is a mask or the simplex projection, and
-        the scores are not kept for the backward pass. Scores and phases are float32 under autocast, since m · A in
-        bfloat16 is noise.
+        the scores are not kept for the backward pass. Scores and phases of KArAt heads are float32 under autocast,
+        since m · A in bfloat16 is noise; softmax is computed in value's type.
 
         Args:
             query, key, value: of shape (..., heads, N, d).
