@@ -7,6 +7,7 @@ one function has.
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -124,7 +125,7 @@ class BSpline(LinearBasis):
         self.order = order
         self.spacing = 2 * interval / grid_size
         self.first_knot = -interval - order * self.spacing
-        self.mean_square = _mean_over_normal(lambda x: sum(feature**2 for feature in self.features(x)))
+        self.mean_square = float(_mean_over_normal(lambda x: sum(feature**2 for feature in self.features(x))))
 
     def features(self, inputs: Tensor) -> list[Tensor]:
         place = (inputs - self.first_knot) / self.spacing  # in intervals from the first knot
@@ -150,12 +151,17 @@ class Rational(Basis):
     _deviations = [1 / math.factorial(j) for j in range(6)] + [0.1 / math.factorial(j) for j in range(1, 5)]
 
     def __init__(self):
-        # Of the numerator; the denominator is close to 1 at the start.
-        self.mean_square = _mean_over_normal(lambda x: sum((x**j / math.factorial(j)) ** 2 for j in range(6)))
+        self.mean_square = float(_mean_over_normal(self._mean_square_at))
 
     def reset(self, coefficients: Tensor) -> None:
         for coefficient, deviation in zip(coefficients.unbind(1), self._deviations, strict=True):
             nn.init.normal_(coefficient, std=deviation)
+
+    def _mean_square_at(self, x: Tensor) -> Tensor:
+        """Mean of φ(x)² over the coefficients. For each x the polynomial below is from N(0, its deviation²)."""
+        above = sum((deviation * x**j) ** 2 for j, deviation in enumerate(self._deviations[:6]))
+        below = sum((deviation * x**j) ** 2 for j, deviation in enumerate(self._deviations[6:], start=1)).sqrt()
+        return above * _mean_over_normal(lambda z: (1 + (below[:, None] * z).abs()) ** -2)
 
     def sums(self, inputs: Tensor, coefficients: Tensor, mask: Tensor | None = None) -> Tensor:
         a, b = coefficients.split((6, 4), dim=1)
@@ -183,7 +189,7 @@ class Wavelet(Basis):
 
     def __init__(self, name: str):
         self.mother_wavelet = MOTHER_WAVELETS[name]
-        self.mean_square = _mean_over_normal(lambda x: self.mother_wavelet(x) ** 2)
+        self.mean_square = float(_mean_over_normal(lambda x: self.mother_wavelet(x) ** 2))
 
     def reset(self, coefficients: Tensor) -> None:
         for coefficient, (mean, deviation) in zip(coefficients.unbind(1), ((0, 1), (0, 0), (1, 0)), strict=True):
@@ -249,8 +255,8 @@ def _sum_over_inputs(values: Tensor, mask: Tensor | None) -> Tensor:
     return (values if mask is None else values * mask.unsqueeze(-1)).sum(dim=-2)
 
 
-def _mean_over_normal(function) -> float:
-    """Mean of function(x) over x ~ N(0, 1), by the trapezoidal rule."""
-    x = torch.linspace(-8, 8, 4001, dtype=torch.float64, device="cpu")  # also where the operator is made on "meta"
+def _mean_over_normal(function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Mean of function(x) over x ~ N(0, 1), by the trapezoidal rule; x is the last dimension of what it returns."""
+    x = torch.linspace(-8, 8, 801, dtype=torch.float64, device="cpu")  # also where the operator is made on "meta"
     weights = torch.exp(-(x**2) / 2)
-    return (function(x) * weights).sum().item() / weights.sum().item()
+    return (function(x) * weights).sum(dim=-1) / weights.sum()
