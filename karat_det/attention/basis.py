@@ -7,6 +7,7 @@ one function has.
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -52,7 +53,10 @@ class Basis(ABC):
 
 
 class LinearBasis(Basis):
-    """A family φ(x) = Σ_j c_j f_j(x) of fixed features f_j. Coefficients may have the inputs' batch dimensions too."""
+    """A family φ(x) = Σ_j c_j f_j(x) of fixed features f_j, c_j ~ N(0, 1) at the start.
+
+    Coefficients may have the inputs' batch dimensions too.
+    """
 
     linear = True
 
@@ -107,8 +111,8 @@ class _CosineAndSine(torch.autograd.Function):
 class BSpline(LinearBasis):
     """φ(x) = Σ_j c_j B_j(x) + w SiLU(x), B-splines of order k on G intervals over [−I, I], as in KAN.
 
-    Coefficients are c then w: (heads, G + k + 1, M, P). Outside [−I, I] what is left fades out, within k intervals, to
-    w SiLU(x). Source: section 2.2 of KAN, arXiv 2404.19756.
+    Coefficients are c then w: (heads, G + k + 1, M, P), all from N(0, 1) at the start. Outside [−I, I] what is left
+    fades out, within k intervals, to w SiLU(x). Source: section 2.2 of KAN, arXiv 2404.19756.
 
     Args:
         grid_size: number of intervals G.
@@ -121,7 +125,7 @@ class BSpline(LinearBasis):
         self.order = order
         self.spacing = 2 * interval / grid_size
         self.first_knot = -interval - order * self.spacing
-        self.mean_square = _mean_over_normal(lambda x: sum(feature**2 for feature in self.features(x)))
+        self.mean_square = float(_mean_over_normal(lambda x: sum(feature**2 for feature in self.features(x))))
 
     def features(self, inputs: Tensor) -> list[Tensor]:
         place = (inputs - self.first_knot) / self.spacing  # in intervals from the first knot
@@ -147,12 +151,17 @@ class Rational(Basis):
     _deviations = [1 / math.factorial(j) for j in range(6)] + [0.1 / math.factorial(j) for j in range(1, 5)]
 
     def __init__(self):
-        # Of the numerator; the denominator is close to 1 at the start.
-        self.mean_square = _mean_over_normal(lambda x: sum((x**j / math.factorial(j)) ** 2 for j in range(6)))
+        self.mean_square = float(_mean_over_normal(self._mean_square_at))
 
     def reset(self, coefficients: Tensor) -> None:
         for coefficient, deviation in zip(coefficients.unbind(1), self._deviations, strict=True):
             nn.init.normal_(coefficient, std=deviation)
+
+    def _mean_square_at(self, x: Tensor) -> Tensor:
+        """Mean of φ(x)² over the coefficients. For each x the polynomial below is from N(0, its deviation²)."""
+        above = sum((deviation * x**j) ** 2 for j, deviation in enumerate(self._deviations[:6]))
+        below = sum((deviation * x**j) ** 2 for j, deviation in enumerate(self._deviations[6:], start=1)).sqrt()
+        return above * _mean_over_normal(lambda z: (1 + (below[:, None] * z).abs()) ** -2)
 
     def sums(self, inputs: Tensor, coefficients: Tensor, mask: Tensor | None = None) -> Tensor:
         a, b = coefficients.split((6, 4), dim=1)
@@ -168,7 +177,8 @@ class Rational(Basis):
 class Wavelet(Basis):
     """φ(x) = w ψ((x − τ) / s), w ~ N(0, 1), τ = 0, s = 1 at the start.
 
-    Coefficients are w, τ, s: (heads, 3, M, P). |s| is taken to be 0.01 at least.
+    Coefficients are w, τ, s: (heads, 3, M, P). Where |s| is below 0.01, it is 0.01 that x − τ is divided by, with the
+    sign of s.
 
     Args:
         name: of the mother wavelet ψ, see MOTHER_WAVELETS.
@@ -179,7 +189,7 @@ class Wavelet(Basis):
 
     def __init__(self, name: str):
         self.mother_wavelet = MOTHER_WAVELETS[name]
-        self.mean_square = _mean_over_normal(lambda x: self.mother_wavelet(x) ** 2)
+        self.mean_square = float(_mean_over_normal(lambda x: self.mother_wavelet(x) ** 2))
 
     def reset(self, coefficients: Tensor) -> None:
         for coefficient, (mean, deviation) in zip(coefficients.unbind(1), ((0, 1), (0, 0), (1, 0)), strict=True):
@@ -187,7 +197,8 @@ class Wavelet(Basis):
 
     def sums(self, inputs: Tensor, coefficients: Tensor, mask: Tensor | None = None) -> Tensor:
         weight, shift, width = (coefficient.unsqueeze(-3) for coefficient in coefficients.unbind(1))
-        width = torch.where(width.abs() < 0.01, 0.01, width)
+        # Its gradient is that of the width in use, else a narrow function would stay as it is for ever.
+        width = width + (torch.copysign(width.abs().clamp(min=0.01), width) - width).detach()
         return _sum_over_inputs(weight * self.mother_wavelet((inputs.unsqueeze(-1) - shift) / width), mask)
 
 
@@ -244,8 +255,8 @@ def _sum_over_inputs(values: Tensor, mask: Tensor | None) -> Tensor:
     return (values if mask is None else values * mask.unsqueeze(-1)).sum(dim=-2)
 
 
-def _mean_over_normal(function) -> float:
-    """Mean of function(x) over x ~ N(0, 1), by the trapezoidal rule."""
-    x = torch.linspace(-8, 8, 4001, dtype=torch.float64, device="cpu")  # also where the operator is made on "meta"
+def _mean_over_normal(function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Mean of function(x) over x ~ N(0, 1), by the trapezoidal rule; x is the last dimension of what it returns."""
+    x = torch.linspace(-8, 8, 801, dtype=torch.float64, device="cpu")  # also where the operator is made on "meta"
     weights = torch.exp(-(x**2) / 2)
-    return (function(x) * weights).sum().item() / weights.sum().item()
+    return (function(x) * weights).sum(dim=-1) / weights.sum()

@@ -1,20 +1,18 @@
 """Sums of learnable functions over rows of attention scores, without keeping the scores.
 
-Of `fourier_sums` autograd keeps query, key and coefficients: the scores, their sines and their cosines are formed again
-in the backward pass. Both passes work in chunks that fit the processor's cache, so that memory grows with N, not with
-N². `by_rows` does as much for any other function of rows, by torch's checkpointing.
+Of `fourier_sums` autograd keeps query, key, bias and coefficients: the scores, their sines and their cosines are formed
+again in the backward pass. Both passes work in chunks that fit the processor's cache, so that memory grows with N, not
+with N². `by_rows` does as much for any other function of rows.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
-
-# Numbers that a function of rows forms at a time.
-_CHUNK = 2**23
 
 
 def fourier_sums(query: Tensor, key: Tensor, coefficients: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
@@ -28,36 +26,90 @@ def fourier_sums(query: Tensor, key: Tensor, coefficients: Tensor, scale: float,
         bias: added to the scores, broadcastable to (..., heads, N, M).
 
     Returns:
-        A tensor of shape (..., heads, N, r).
+        A tensor of shape (..., heads, N, r), differentiable once.
 
     Source: section 3 of the paper, arXiv 2503.10632.
     """
     batch_shape = query.shape[:-3]
     if bias is not None:
-        bias = bias.expand(*batch_shape, *bias.shape[-3:]) if len(batch_shape) > 1 else bias
         bias = bias[(None,) * (query.ndim - bias.ndim)]
-        bias = bias.reshape(-1, *bias.shape[-3:])  # each dimension whole or 1
+        if math.prod(bias.shape[:-3]) > 1:
+            bias = bias.expand(*batch_shape, *bias.shape[-3:])
+        bias = bias.reshape(-1, *bias.shape[-3:])  # (B, heads, N, M), each dimension whole or 1
     query, key = (x.reshape(-1, *x.shape[-3:]) for x in (query, key))
     sums = _fourier_sums(query, key, coefficients, scale, bias)
     return sums.reshape(*batch_shape, *sums.shape[1:])
 
 
-def by_rows(function: Callable[..., Tensor], rowwise: list[Tensor], numbers_per_row: int) -> Tensor:
+def by_rows(
+    function: Callable[..., Tensor], rowwise: list[Tensor | None], shared: list[Tensor | None], numbers_per_row: int
+) -> Tensor:
     """Applies a function to chunks of rows; what it does inside is done again in the backward pass and not kept.
 
     Args:
-        function: maps chunks of the rowwise tensors, (..., rows, *) each, to a tensor (..., rows, *).
-        rowwise: tensors of shape (..., N, *), cut along N.
+        function: maps chunks of the rowwise tensors, (..., rows, *) each, and the shared tensors to a tensor
+            (..., rows, *). It gets a None where there is one. Gradients go to these tensors and to no others.
+        rowwise: tensors of shape (..., N, *), cut along N; the first is not None.
+        shared: tensors that each chunk gets whole.
         numbers_per_row: how many numbers the function forms for one row, batch and heads included.
 
     Returns:
-        The results, joined along N.
+        The results, joined along N; differentiable once.
     """
     if torch.jit.is_tracing():
-        return function(*rowwise)
-    rows = max(1, _CHUNK // numbers_per_row)
-    chunks = zip(*(tensor.split(rows, dim=-2) for tensor in rowwise), strict=True)
-    return torch.cat([checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks], dim=-2)
+        return function(*rowwise, *shared)
+    if torch.compiler.is_compiling():
+        # torch.compile cannot look into the backward pass of _ByRows. It unrolls the chunks: so let them be few.
+        rows = max(1, 2**23 // numbers_per_row)
+        chunks = (_cut(rowwise, slice(row, row + rows)) for row in range(0, rowwise[0].shape[-2], rows))
+        return torch.cat([checkpoint(function, *chunk, *shared, use_reentrant=False) for chunk in chunks], dim=-2)
+    # Larger chunks than in fourier_sums: each adds to the gradients of all that is shared.
+    rows = max(1, _chunk_size(rowwise[0].device, per_thread=2**20) // numbers_per_row)
+    return _ByRows.apply(function, rows, len(rowwise), *rowwise, *shared)
+
+
+class _ByRows(torch.autograd.Function):
+    """One node for all chunks. With torch's checkpoint for each, what every chunk leaves behind lies scattered between
+    the blocks that it has freed, and so fragments the heap that the next chunk does not fit: memory grew with N² after
+    all."""
+
+    @staticmethod
+    def forward(ctx, function, rows: int, num_rowwise: int, *tensors: Tensor | None) -> Tensor:
+        ctx.function, ctx.rows, ctx.num_rowwise = function, rows, num_rowwise
+        ctx.save_for_backward(*tensors)
+        rowwise, shared = tensors[:num_rowwise], tensors[num_rowwise:]
+        num_rows = rowwise[0].shape[-2]
+        output = None
+        for row in range(0, num_rows, rows):
+            chunk = slice(row, row + rows)
+            result = function(*_cut(rowwise, chunk), *shared)
+            if output is None:
+                output = result.new_empty(*result.shape[:-2], num_rows, result.shape[-1])
+            output[..., chunk, :] = result
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, output_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rowwise, shared = ctx.saved_tensors[: ctx.num_rowwise], ctx.saved_tensors[ctx.num_rowwise :]
+        needed = ctx.needs_input_grad[3:]
+        gradients = [torch.zeros_like(x) if need else None for x, need in zip(ctx.saved_tensors, needed, strict=True)]
+        for row in range(0, output_gradient.shape[-2], ctx.rows):
+            chunk = slice(row, row + ctx.rows)
+            inputs = [None if x is None else x.detach() for x in (*_cut(rowwise, chunk), *shared)]
+            learning = [x.requires_grad_() for x, need in zip(inputs, needed, strict=True) if need]
+            with torch.enable_grad(), torch.autocast(output_gradient.device.type, enabled=False):
+                result = ctx.function(*inputs)
+            parts = torch.autograd.grad(result, learning, output_gradient[..., chunk, :], allow_unused=True)
+            totals = [*_cut(gradients[: ctx.num_rowwise], chunk), *gradients[ctx.num_rowwise :]]
+            for total, part in zip((x for x in totals if x is not None), parts, strict=True):
+                if part is not None:
+                    total += part
+        return None, None, None, *gradients
+
+
+def _cut(tensors: Sequence[Tensor | None], rows: slice) -> list[Tensor | None]:
+    return [None if tensor is None else tensor[..., rows, :] for tensor in tensors]
 
 
 # Operators that torch.compile does not look into: it would unroll the chunks.
@@ -78,14 +130,20 @@ def _fourier_sums(query: Tensor, key: Tensor, coefficients: Tensor, scale: float
 
 @torch.library.custom_op("karat_det::fourier_sums_backward", mutates_args=())
 def _fourier_sums_backward(
-    sums_gradient: Tensor, query: Tensor, key: Tensor, coefficients: Tensor, scale: float, bias: Tensor | None
+    sums_gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    coefficients: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    with_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of query, key, coefficients and bias; the last is empty for None."""
+    """The gradients of query, key, coefficients and, with_bias, of the bias, else an empty tensor."""
     query_gradient = query.new_empty(query.transpose(0, 1).shape)
     key_gradient = key.new_zeros(key.transpose(0, 1).shape)
     # (heads, 2, G, r, M): a product with the many rows last is the faster one.
     weights_gradient = coefficients.new_zeros(coefficients.transpose(3, 4).shape)
-    bias_gradient = query.new_zeros(0 if bias is None else bias.shape)
+    bias_gradient = query.new_zeros(bias.shape if with_bias else 0)
     chunks = _Chunks(query, key)
     for head, items, rows in chunks:
         cosine_weights, sine_weights = coefficients[head].transpose(2, 3)
@@ -105,7 +163,7 @@ def _fourier_sums_backward(
             weights_gradient[head, 1, m - 1].addmm_(unit_gradient.T, sines.flatten(0, 1), alpha=sign)
         torch.bmm(scores_gradient, key[items, head], out=query_gradient[head, items, rows])
         key_gradient[head, items].baddbmm_(scores_gradient.transpose(1, 2), scaled_query)
-        if bias is not None:
+        if with_bias:
             part = _part(bias_gradient, head, items, rows)
             part += scores_gradient.sum_to_size(part.shape)
     query_gradient *= scale
@@ -175,9 +233,9 @@ def _part(bias: Tensor | None, head: int, items: slice, rows: slice) -> Tensor |
     return bias[:, rows] if bias.shape[1] > 1 else bias
 
 
-def _chunk_size(device: torch.device) -> int:
-    """Scores that are worked on at a time. Larger chunks leave the processor's cache, smaller ones cost more calls."""
-    return 2**18 * torch.get_num_threads() if device.type == "cpu" else 2**25
+def _chunk_size(device: torch.device, per_thread: int = 2**18) -> int:
+    """Numbers that are worked on at a time. Larger chunks leave the processor's cache, smaller ones cost more calls."""
+    return per_thread * torch.get_num_threads() if device.type == "cpu" else 2**25
 
 
 @_fourier_sums.register_fake
@@ -187,12 +245,12 @@ def _(query, key, coefficients, scale, bias):
 
 
 @_fourier_sums_backward.register_fake
-def _(sums_gradient, query, key, coefficients, scale, bias):
+def _(sums_gradient, query, key, coefficients, scale, bias, with_bias):
     return (
         query.new_empty(query.transpose(0, 1).shape).transpose(0, 1),
         key.new_empty(key.transpose(0, 1).shape).transpose(0, 1),
         coefficients.new_empty(coefficients.transpose(3, 4).shape).transpose(3, 4),
-        query.new_empty(0 if bias is None else bias.shape),
+        query.new_empty(bias.shape if with_bias else 0),
     )
 
 
@@ -203,8 +261,11 @@ def _keep(ctx, inputs, output):
 
 def _backward(ctx, sums_gradient):
     query, key, coefficients, bias = ctx.saved_tensors
-    *gradients, bias_gradient = _fourier_sums_backward(sums_gradient, query, key, coefficients, ctx.scale, bias)
-    return *gradients, None, None if bias is None else bias_gradient
+    with_bias = ctx.needs_input_grad[4]
+    *gradients, bias_gradient = _fourier_sums_backward(
+        sums_gradient, query, key, coefficients, ctx.scale, bias, with_bias
+    )
+    return *gradients, None, bias_gradient if with_bias else None
 
 
 _fourier_sums.register_autograd(_backward, setup_context=_keep)

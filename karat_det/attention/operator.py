@@ -7,8 +7,10 @@ r values back to N. Equation 2 and section 4 of "Kolmogorov-Arnold attention", a
 linear, so σ̂(A) V = Φ̂[A] (Wᵀ V), a product of (N, r) and (r, d).
 """
 
+import math
 import re
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -49,11 +51,13 @@ class KArAtConfig:
             "two_operators", Φ̂₂(Φ̂₁(A)), without W.
         projection: "simplex" projects each row of σ̂(A) on the probability simplex. It forms N×N matrices. Or "none".
         residual: "none", or "softmax" for softmax(A) + W Φ̂(A), where W starts at 0: a network trained with softmax
-            then starts as exactly what it was. Without W the functions' amplitudes start at 0.
+            then starts as exactly what it was. Where W is not the last, the last functions' amplitudes start at 0; a
+            base function would stay, so that only "zero" is allowed.
         num_karat_heads: how many of a block's heads, the first ones, are KArAt; the rest are softmax. None is all.
-        init: "scaled" has coefficients of unit variance and W uniform in ±1, and fixed factors that keep units at unit
-            variance and σ̂ at the scale of 1/N whatever N, G and r: for "project_after" 1/√(N·G) before Φ̂ and 1/N before
-            W. Neither the output nor what one optimiser step does to it then grows with N.
+        init: "scaled" has fixed factors that keep units at unit variance and σ̂ at the scale of 1/N whatever N and G:
+            for Fourier and "project_after" 1/√(N·G) before Φ̂, whose coefficients are from N(0, 1), and 1/N before W,
+            uniform in ±1. Neither the output nor what one optimiser step does to it then grows with N. The factor of
+            Φ̂ is on a base function too, without being reckoned from it.
             "paper" has no fixed factors: Fourier coefficients from N(0, 1) (Table 6), and W, of which the paper says
             nothing, uniform in ±1/√m as a linear layer of m inputs.
         spline_order: k of "bspline".
@@ -94,12 +98,20 @@ class KArAtConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{field} is {value!r}. It must be a whole number, at least {least}.{none}")
-        if not self.spline_range > 0:
-            raise ValueError(f"spline_range is {self.spline_range!r}. It must be above 0.")
+        value = self.spline_range
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise ValueError(f"spline_range is {value!r}. It must be a finite number above 0.")
         if self.rank is None and self.order != "project_after":
             raise ValueError(
                 f'rank is None, but order "{self.order}" goes through r values. Set a rank, or order "project_after", '
                 "which without W is Φ̂(A) with N×N functions."
+            )
+        ends_in_projector = self.order == "project_after" and self.rank is not None
+        if self.residual == "softmax" and self.base_function != "zero" and not ends_in_projector:
+            raise ValueError(
+                f'base_function is "{self.base_function}", which with residual "softmax" needs a W after Φ̂ that starts '
+                'at zero, so that the network starts as softmax. Set base_function "zero", or order "project_after" '
+                "and a rank."
             )
 
     @classmethod
@@ -247,8 +259,8 @@ class KArAtOperator(nn.Module):
         """σ̂(scale · Q Kᵀ + bias) V, in the place of torch's scaled_dot_product_attention.
 
         The N×N matrix σ̂(A) and its product with V do not appear, unless there is a mask or the simplex projection, and
-        the scores are not kept for the backward pass. Scores and phases are float32 under autocast, since m · A in
-        bfloat16 is noise.
+        the scores are not kept for the backward pass. Scores and phases of KArAt heads are float32 under autocast,
+        since m · A in bfloat16 is noise; softmax is computed in value's type.
 
         Args:
             query, key, value: of shape (..., heads, N, d).
@@ -267,6 +279,7 @@ class KArAtOperator(nn.Module):
                 return (self.activate(_scores(query, key, bias, scale), mask) @ exact).to(value.dtype)
             ours = slice(self.num_karat_heads)
             our_query, our_key, our_value = (x[..., ours, :, :] for x in (query, key, value))
+            bias = None if bias is None else bias[(None,) * (query.ndim - bias.ndim)]
             our_bias = _of_heads(bias, ours)
             output = self._attend(our_query, our_key, our_value, our_bias, scale).to(value.dtype)
             if self.config.residual == "softmax":
@@ -282,47 +295,40 @@ class KArAtOperator(nn.Module):
         if self.config.order == "project_before":
             seen = scores if mask is None else scores * mask
             inputs = seen @ self._scaled(self.projector, self.projector_scale, scores)
-            activated = self._sums(inputs, self.coefficients, self.series_scale)
+            activated = self._sums_by_rows(inputs, self.coefficients, self.series_scale)
         else:
-            activated = self._sums(scores, self.coefficients, self.series_scale, mask)
+            activated = self._sums_by_rows(scores, self.coefficients, self.series_scale, mask)
             if self.projector is not None:
                 activated = activated @ self._scaled(self.projector, self.projector_scale, scores).transpose(-2, -1)
             elif self.outer_coefficients is not None:
-                activated = self._sums(activated, self.outer_coefficients, self.outer_scale)
+                activated = self._sums_by_rows(activated, self.outer_coefficients, self.outer_scale)
         return activated if mask is None else activated * mask
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
         """The product of `_activate` and the values, reassociated so that no N×N matrix is kept."""
         value = at_least_float32(value)
         if self.config.order == "project_before":
-            # W (Q Kᵀ) = Q (W K)ᵀ: there is no N×N matrix at all.
+            # W (Q Kᵀ) = Q (W K)ᵀ: the inputs of Φ̂ are scores of r mixed keys.
             projector = self._scaled(self.projector, self.projector_scale, value)
-            mixed_key = projector.transpose(-2, -1) @ at_least_float32(key)
-            mixed_bias = None if bias is None else bias @ projector
-            inputs = _scores(query, mixed_key, mixed_bias, scale)
-            return self._mixed_sums(inputs, self.coefficients, self.series_scale, value)
-        if self.config.rank is None:
-
-            def mixed_rows(query: Tensor, bias: Tensor | None = None) -> Tensor:
-                scores = _scores(query, key, bias, scale)
-                return self._mixed_sums(scores, self.coefficients, self.series_scale, value)
-
-            return self._by_rows(mixed_rows, query, key, bias)
+            if bias is not None:
+                bias = at_least_float32(bias.expand(*bias.shape[:-1], key.shape[-2])) @ projector
+            key = projector.transpose(-2, -1) @ at_least_float32(key)
+        if self.config.order == "project_before" or self.config.rank is None:
+            return self._mixed_score_sums(query, key, bias, scale, value)
         units = self._score_sums(query, key, bias, scale)
         if self.outer_coefficients is not None:
-            return self._mixed_sums(units, self.outer_coefficients, self.outer_scale, value)
+            return self._mixed_sums_by_rows(units, self.outer_coefficients, self.outer_scale, value)
         return units @ (self._scaled(self.projector, self.projector_scale, value).transpose(-2, -1) @ value)
 
     def _score_sums(self, query: Tensor, key: Tensor, bias: Tensor | None, scale: float) -> Tensor:
         """Φ̂[A], of shape (..., heads, N, r), without keeping A."""
-        base_function = BASE_FUNCTIONS[self.config.base_function]
         # Tracers, such as those that count multiply-adds, see the plain form.
         if self.config.basis != "fourier" or torch.jit.is_tracing():
 
-            def unit_sums(query: Tensor, bias: Tensor | None = None) -> Tensor:
-                return self._sums(_scores(query, key, bias, scale), self.coefficients, self.series_scale)
+            def score_sums(query: Tensor, bias: Tensor | None, key: Tensor, coefficients: Tensor) -> Tensor:
+                return self._sums(_scores(query, key, bias, scale), None, coefficients, self.series_scale)
 
-            return self._by_rows(unit_sums, query, key, bias)
+            return self._by_rows(score_sums, query, bias, key, self.coefficients)
 
         if self.config.triton and kernels is not None and kernels.can_run(query):
             sums = kernels.fourier_score_sums(query, key, self.coefficients * self.series_scale, scale, bias)
@@ -330,55 +336,75 @@ class KArAtOperator(nn.Module):
             exact_query, exact_key = at_least_float32(query), at_least_float32(key)
             coefficients = self._scaled(self.coefficients, self.series_scale, exact_query)
             sums = fourier_sums(exact_query, exact_key, coefficients, scale, bias)
-        if base_function is not None:
+        if BASE_FUNCTIONS[self.config.base_function] is not None:
 
-            def base_sums(query: Tensor, bias: Tensor | None = None) -> Tensor:
-                return base_function(_scores(query, key, bias, scale)).sum(dim=-1, keepdim=True) * self.series_scale
+            def base_sums(query: Tensor, bias: Tensor | None, key: Tensor) -> Tensor:
+                return self._base_sums(_scores(query, key, bias, scale), self.series_scale)
 
-            sums = sums + self._by_rows(base_sums, query, key, bias)
+            sums = sums + self._by_rows(base_sums, query, bias, key)
         return sums
 
-    def _sums(self, inputs: Tensor, coefficients: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    def _mixed_score_sums(self, query: Tensor, key: Tensor, bias: Tensor | None, scale: float, value: Tensor) -> Tensor:
+        """Φ̂[A] V, where the units of Φ̂ are weights of the values, without keeping A."""
+
+        def mixed_score_sums(
+            query: Tensor, bias: Tensor | None, key: Tensor, coefficients: Tensor, value: Tensor
+        ) -> Tensor:
+            return self._mixed_sums(_scores(query, key, bias, scale), coefficients, value, self.series_scale)
+
+        coefficients = self._mixed(self.coefficients, self.series_scale, value)
+        return self._by_rows(mixed_score_sums, query, bias, key, coefficients, value)
+
+    def _by_rows(self, function, query: Tensor, bias: Tensor | None, key: Tensor, *shared: Tensor) -> Tensor:
+        """Applies a function to chunks of queries, with the rows of the bias that belong to them."""
+        if bias is not None:
+            bias = bias.expand(*bias.shape[:-2], query.shape[-2], bias.shape[-1])
+        scores_per_row = query[..., 0, 0].numel() * key.shape[-2]
+        numbers_per_row = scores_per_row * self.basis.numbers_per_input(self.coefficients.shape[-1])
+        return by_rows(function, [query, bias], [key, *shared], numbers_per_row)
+
+    def _sums_by_rows(self, inputs: Tensor, coefficients: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+        mask = None if mask is None else mask.expand(inputs.shape)
+        numbers_per_row = self._numbers_per_row(inputs, coefficients)
+        return by_rows(partial(self._sums, scale=scale), [inputs, mask], [coefficients], numbers_per_row)
+
+    def _mixed_sums_by_rows(self, inputs: Tensor, coefficients: Tensor, scale: float, value: Tensor) -> Tensor:
+        shared = [self._mixed(coefficients, scale, value), value]
+        numbers_per_row = self._numbers_per_row(inputs, coefficients)
+        return by_rows(partial(self._mixed_sums, scale=scale), [inputs], shared, numbers_per_row)
+
+    def _numbers_per_row(self, inputs: Tensor, coefficients: Tensor) -> int:
+        return inputs[..., 0, :].numel() * self.basis.numbers_per_input(coefficients.shape[-1])
+
+    def _sums(self, inputs: Tensor, mask: Tensor | None, coefficients: Tensor, scale: float) -> Tensor:
         """Φ[x] of one operator with its base function and its fixed factor: (..., rows, M) to (..., rows, P)."""
         if self.basis.linear:  # the coefficients are the smaller tensor
             sums = self.basis.sums(inputs, self._scaled(coefficients, scale, inputs), mask)
         else:
+            sums = self.basis.sums(inputs, coefficients.to(inputs.dtype), mask) * scale
+        return sums + self._base_sums(inputs, scale, mask)
 
-            def rows_sums(inputs: Tensor, mask: Tensor | None = None) -> Tensor:
-                return self.basis.sums(inputs, coefficients.to(inputs.dtype), mask) * scale
-
-            rowwise = [inputs] if mask is None else [inputs, mask.expand(inputs.shape)]
-            sums = by_rows(rows_sums, rowwise, inputs[..., 0, :].numel() * coefficients.shape[-1])
-        base_function = BASE_FUNCTIONS[self.config.base_function]
-        if base_function is not None:
-            base = base_function(inputs) if mask is None else base_function(inputs) * mask
-            sums = sums + base.sum(dim=-1, keepdim=True) * scale
-        return sums
-
-    def _mixed_sums(self, inputs: Tensor, coefficients: Tensor, scale: float, value: Tensor) -> Tensor:
-        """Φ[x] V, where the units of Φ are weights of the values: (..., rows, M) and (..., P, d) to (..., rows, d)."""
+    def _mixed_sums(self, inputs: Tensor, coefficients: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Φ[x] V for coefficients that `_mixed` made: (..., rows, M) and (..., P, d) to (..., rows, d)."""
         if not self.basis.linear:
+            return self._sums(inputs, None, coefficients, scale) @ value
+        sums = self.basis.sums(inputs, coefficients)
+        return sums + self._base_sums(inputs, scale) * value.sum(dim=-2, keepdim=True)
 
-            def mixed_rows(inputs: Tensor) -> Tensor:
-                return self._sums(inputs, coefficients, scale) @ value
-
-            return by_rows(mixed_rows, [inputs], inputs[..., 0, :].numel() * coefficients.shape[-1])
-        # Mixing the units of a linear family is mixing their coefficients.
+    def _mixed(self, coefficients: Tensor, scale: float, value: Tensor) -> Tensor:
+        """Coefficients of Φ[x] V. Mixing the units of a linear family is mixing their coefficients."""
+        if not self.basis.linear:
+            return coefficients
         values = value[(..., *(None,) * len(self.basis.family), slice(None), slice(None))]
-        sums = self.basis.sums(inputs, self._scaled(coefficients, scale, value) @ values)
-        base_function = BASE_FUNCTIONS[self.config.base_function]
-        if base_function is not None:
-            sums = sums + base_function(inputs).sum(-1, keepdim=True) * value.sum(-2, keepdim=True) * scale
-        return sums
+        return self._scaled(coefficients, scale, value) @ values
 
-    def _by_rows(self, function, query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
-        """Applies a function to chunks of queries, with the rows of the bias that belong to them."""
-        scores_per_row = query[..., 0, 0].numel() * key.shape[-2]
-        if bias is None:
-            rowwise = [query]
-        else:
-            rowwise = [query, bias.expand(*bias.shape[:-2], query.shape[-2], bias.shape[-1])]
-        return by_rows(function, rowwise, scores_per_row * self.basis.numbers_per_input(self.coefficients.shape[-1]))
+    def _base_sums(self, inputs: Tensor, scale: float, mask: Tensor | None = None) -> Tensor | float:
+        """Σ_q b(x_q), of shape (..., rows, 1); the same for all units."""
+        base_function = BASE_FUNCTIONS[self.config.base_function]
+        if base_function is None:
+            return 0.0
+        values = base_function(inputs)
+        return (values if mask is None else values * mask).sum(dim=-1, keepdim=True) * scale
 
     @staticmethod
     def _scaled(parameter: Tensor, factor: float, like: Tensor) -> Tensor:
@@ -421,10 +447,12 @@ def project_on_simplex(rows: Tensor, mask: Tensor | None = None) -> Tensor:
     """
     if mask is not None:
         rows = rows.masked_fill(~mask, -1e30)  # finite, for the sums below
+    # x does not change if all of y is shifted; with its maximum at 0, sums are exact where it matters.
+    rows = rows - rows.detach().amax(dim=-1, keepdim=True)
     downwards = rows.sort(dim=-1, descending=True).values
     excess = downwards.cumsum(dim=-1) - 1
     counts = torch.arange(1, rows.shape[-1] + 1, device=rows.device)
-    support = (downwards * counts > excess).sum(dim=-1, keepdim=True).clamp(min=1)
+    support = (downwards * counts > excess).sum(dim=-1, keepdim=True)  # ρ, at least 1
     threshold = excess.gather(-1, support - 1) / support
     return (rows - threshold).clamp(min=0)
 
