@@ -7,6 +7,7 @@ with N². `by_rows` does as much for any other function of rows.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
@@ -116,15 +117,22 @@ def _cut(tensors: Sequence[Tensor | None], rows: slice) -> list[Tensor | None]:
 @torch.library.custom_op("karat_det::fourier_sums", mutates_args=())
 def _fourier_sums(query: Tensor, key: Tensor, coefficients: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     batch_size, num_heads, num_rows, _ = query.shape
-    sums = query.new_empty(num_heads, batch_size, num_rows, coefficients.shape[-1])  # heads first: chunks contiguous
-    chunks = _Chunks(query, key)
-    for head, items, rows in chunks:
-        cosine_weights, sine_weights = coefficients[head]  # (G, M, r)
-        scores = chunks.scores(query[items, head, rows] * scale, key[items, head], _part(bias, head, items, rows))
-        chunk_sums = sums[head, items, rows].flatten(0, 1).zero_()
-        for m, sign, cosines, sines in chunks.harmonics(scores, coefficients.shape[2]):
-            chunk_sums.addmm_(cosines.flatten(0, 1), cosine_weights[m - 1], alpha=sign)
-            chunk_sums.addmm_(sines.flatten(0, 1), sine_weights[m - 1], alpha=sign)
+    grid_size, _, rank = coefficients.shape[2:]
+    sums = query.new_empty(num_heads, batch_size, num_rows, rank)  # heads first: chunks are contiguous
+
+    def work(heads: range) -> None:
+        chunks = _Chunks(query, key)
+        for head in heads:
+            cosine_weights, sine_weights = (weights.unbind() for weights in coefficients[head].unbind())
+            for items, rows in chunks:
+                scaled_query = query[items, head, rows] * scale
+                scores = chunks.scores(scaled_query, key[items, head], _part(bias, head, items, rows))
+                chunk_sums = sums[head, items, rows].view(-1, rank)
+                for m, sign, cosines, sines in chunks.harmonics(scores, grid_size):
+                    chunk_sums.addmm_(cosines, cosine_weights[m - 1], alpha=sign, beta=0 if m == 1 else 1)
+                    chunk_sums.addmm_(sines, sine_weights[m - 1], alpha=sign)
+
+    _share_heads(work, num_heads, query.device)
     return sums.transpose(0, 1)
 
 
@@ -139,33 +147,45 @@ def _fourier_sums_backward(
     with_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of query, key, coefficients and, with_bias, of the bias, else an empty tensor."""
+    grid_size = coefficients.shape[2]
     query_gradient = query.new_empty(query.transpose(0, 1).shape)
     key_gradient = key.new_zeros(key.transpose(0, 1).shape)
     # (heads, 2, G, r, M): a product with the many rows last is the faster one.
     weights_gradient = coefficients.new_zeros(coefficients.transpose(3, 4).shape)
     bias_gradient = query.new_zeros(bias.shape if with_bias else 0)
-    chunks = _Chunks(query, key)
-    for head, items, rows in chunks:
-        cosine_weights, sine_weights = coefficients[head].transpose(2, 3)
-        scaled_query = query[items, head, rows] * scale
-        scores = chunks.scores(scaled_query, key[items, head], _part(bias, head, items, rows))
-        unit_gradient = sums_gradient[items, head, rows].flatten(0, 1)
-        scores_gradient, feature_gradient = chunks.memory(1, scores.shape), chunks.memory(2, scores.shape)
-        for m, sign, cosines, sines in chunks.harmonics(scores, coefficients.shape[2]):
-            torch.mm(unit_gradient, sine_weights[m - 1], out=feature_gradient.flatten(0, 1))
-            if m == 1:
-                torch.mul(cosines, feature_gradient, out=scores_gradient)
-            else:
-                scores_gradient.addcmul_(cosines, feature_gradient, value=sign * m)
-            torch.mm(unit_gradient, cosine_weights[m - 1], out=feature_gradient.flatten(0, 1))
-            scores_gradient.addcmul_(sines, feature_gradient, value=-sign * m)
-            weights_gradient[head, 0, m - 1].addmm_(unit_gradient.T, cosines.flatten(0, 1), alpha=sign)
-            weights_gradient[head, 1, m - 1].addmm_(unit_gradient.T, sines.flatten(0, 1), alpha=sign)
-        torch.bmm(scores_gradient, key[items, head], out=query_gradient[head, items, rows])
-        key_gradient[head, items].baddbmm_(scores_gradient.transpose(1, 2), scaled_query)
-        if with_bias:
-            part = _part(bias_gradient, head, items, rows)
-            part += scores_gradient.sum_to_size(part.shape)
+
+    def work(heads: range) -> None:
+        chunks = _Chunks(query, key)
+        for head in heads:
+            cosine_weights, sine_weights = (weights.mT.unbind() for weights in coefficients[head].unbind())
+            cosine_gradients, sine_gradients = (gradients.unbind() for gradients in weights_gradient[head].unbind())
+            for items, rows in chunks:
+                chunk_key = key[items, head]
+                scaled_query = query[items, head, rows] * scale
+                scores = chunks.scores(scaled_query, chunk_key, _part(bias, head, items, rows))
+                unit_gradient = sums_gradient[items, head, rows].flatten(0, 1)
+                scores_gradient, feature_gradient = (chunks.memory(name, scores.shape) for name in (1, 2))
+                for m, sign, cosines, sines in chunks.harmonics(scores, grid_size):
+                    torch.mm(unit_gradient, sine_weights[m - 1], out=feature_gradient)
+                    if m == 1:
+                        torch.mul(cosines, feature_gradient, out=scores_gradient)
+                    else:
+                        scores_gradient.addcmul_(cosines, feature_gradient, value=sign * m)
+                    torch.mm(unit_gradient, cosine_weights[m - 1], out=feature_gradient)
+                    scores_gradient.addcmul_(sines, feature_gradient, value=-sign * m)
+                    cosine_gradients[m - 1].addmm_(unit_gradient.T, cosines, alpha=sign)
+                    sine_gradients[m - 1].addmm_(unit_gradient.T, sines, alpha=sign)
+                scores_gradient = scores_gradient.view(*scaled_query.shape[:2], -1)
+                torch.bmm(scores_gradient, chunk_key, out=query_gradient[head, items, rows])
+                key_gradient[head, items].baddbmm_(scores_gradient.mT, scaled_query)
+                if with_bias:
+                    part = _part(bias_gradient, head, items, rows)
+                    part += scores_gradient.sum_to_size(part.shape)
+
+    if with_bias and bias.shape[1] == 1:
+        work(range(key.shape[1]))  # all heads add to the same gradient
+    else:
+        _share_heads(work, key.shape[1], key.device)
     query_gradient *= scale
     return (
         query_gradient.transpose(0, 1),
@@ -175,34 +195,66 @@ def _fourier_sums_backward(
     )
 
 
+def _share_heads(work: Callable[[range], None], num_heads: int, device: torch.device) -> None:
+    """Calls `work` with heads of its own in each thread, whose operators are of a single thread.
+
+    Were the operators of several threads, these would meet after each of some twenty for a chunk, and where another
+    process takes one of the cores for a moment, all would wait.
+    """
+    num_threads = torch.get_num_threads()
+    workers = min(num_threads, num_heads) if device.type == "cpu" else 1
+    if workers == 1:
+        work(range(num_heads))
+        return
+
+    def work_alone(worker: int) -> None:
+        torch.set_num_threads(num_threads // workers)  # of this thread and of those that are yet to start
+        with torch.inference_mode(inference), torch.no_grad():
+            work(range(worker, num_heads, workers))
+
+    inference = torch.is_inference_mode_enabled()
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(work_alone, range(workers)))
+    finally:
+        torch.set_num_threads(num_threads)
+
+
 class _Chunks:
-    """Goes through (head, items of the batch, rows of scores), and has memory for the numbers of one chunk."""
+    """Goes through (items of the batch, rows of scores), and has memory for the numbers of one chunk."""
 
     def __init__(self, query: Tensor, key: Tensor):
-        self.batch_size, self.num_heads, self.num_rows, _ = query.shape
+        batch_size, _, num_rows, _ = query.shape
         row_size = key.shape[2]
         size = _chunk_size(query.device)
-        self.rows = min(self.num_rows, max(1, size // row_size))
-        self.items = min(self.batch_size, max(1, size // (self.rows * row_size)))
-        self.allocate = partial(query.new_empty, self.items * self.rows * row_size)
+        rows = min(num_rows, max(1, size // row_size))
+        items = min(batch_size, max(1, size // (rows * row_size)))
+        self.chunks = [
+            (slice(item, item + items), slice(row, row + rows))
+            for item in range(0, batch_size, items)
+            for row in range(0, num_rows, rows)
+        ]
+        self.allocate = partial(query.new_empty, items * rows, row_size)
         self.allocated = {}
 
-    def __iter__(self) -> Iterator[tuple[int, slice, slice]]:
-        for head in range(self.num_heads):
-            for item in range(0, self.batch_size, self.items):
-                for row in range(0, self.num_rows, self.rows):
-                    yield head, slice(item, item + self.items), slice(row, row + self.rows)
+    def __iter__(self) -> Iterator[tuple[slice, slice]]:
+        return iter(self.chunks)
 
     def memory(self, name: int, shape: torch.Size) -> Tensor:
-        """Memory that one chunk after the other uses, not initialised."""
+        """Memory (rows of all items, M) that one chunk after the other uses, not initialised."""
         if name not in self.allocated:
             self.allocated[name] = self.allocate()
-        return self.allocated[name][: math.prod(shape)].view(shape)
+        return self.allocated[name][: shape[0]]
 
     def scores(self, query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
-        scores = self.memory(0, (len(query), query.shape[1], key.shape[1]))
-        torch.bmm(query, key.transpose(1, 2), out=scores)
-        return scores if bias is None else scores.add_(bias)
+        """Q Kᵀ + bias of a chunk, of shape (rows of all items, M)."""
+        items, rows, _ = query.shape
+        scores = self.memory(0, (items * rows,))
+        by_item = scores.view(items, rows, -1)
+        torch.bmm(query, key.mT, out=by_item)
+        if bias is not None:
+            by_item += bias
+        return scores
 
     def harmonics(self, scores: Tensor, grid_size: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """Yields m, a sign, and the sign times cos(m A) and sin(m A), for m = 1 to G. It overwrites the scores.
@@ -233,7 +285,7 @@ def _part(bias: Tensor | None, head: int, items: slice, rows: slice) -> Tensor |
     return bias[:, rows] if bias.shape[1] > 1 else bias
 
 
-def _chunk_size(device: torch.device, per_thread: int = 2**18) -> int:
+def _chunk_size(device: torch.device, per_thread: int = 5 * 2**15) -> int:
     """Numbers that are worked on at a time. Larger chunks leave the processor's cache, smaller ones cost more calls."""
     return per_thread * torch.get_num_threads() if device.type == "cpu" else 2**25
 
