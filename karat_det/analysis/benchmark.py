@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 PARTS = ("core", "step", "inference", "scaling")
 # Token grids of the scaling part, N = 49 to 4096.
-GRIDS = ((7, 7), (14, 14), (20, 20), (28, 28), (32, 32), (64, 64))
+GRIDS = ((7, 7), (14, 14), (20, 20), (32, 32), (64, 64))
 _UNITS = {"ms": 1e-3, "s": 1.0, "MiB": 2.0**20, "million multiply-adds": 1e6, "images/s": 1.0}
 
 
@@ -115,7 +115,8 @@ class AttentionShape:
         return self.grid[0] * self.grid[1]
 
     def __str__(self) -> str:
-        return f"N = {self.num_tokens}" + (", relative positions" if self.rel_pos else "")
+        sizes = f"{self.batch_size} × {self.num_heads} heads, N = {self.num_tokens}, d = {self.head_dim}"
+        return f"{sizes}, r = {self.rank}" + (", relative positions" if self.rel_pos else "")
 
 
 # Attention cores: how they are evaluated, and fields of the operator's config.
@@ -467,11 +468,16 @@ def write_report(results: Results, output_dir: str | Path) -> str:
     rows = [{**asdict(comparison), "ratio": comparison.ratio} for comparison in results.comparisons]
     content = {**asdict(results), "comparisons": rows}
     (output_dir / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    table = f"Measured on {results.machine}. 1.00 is as much as what it is compared with takes; less is better.\n"
+    table = f"Measured on {results.machine}. A ratio of 1.00 is what the other one takes; less is better.\n"
     if rows:
         table += "\n" + tabulate(
             [
-                (c.measured, c.over, f"{c.ratio:.2f}", " : ".join(_shown(x, c.unit) for x in (c.value, c.reference)))
+                (
+                    c.measured,
+                    c.over,
+                    f"{c.ratio:.2f}",
+                    f"{_shown(c.value, c.unit)} : {_shown(c.reference, c.unit)} {c.unit}",
+                )
                 for c in results.comparisons
             ],
             ("measured", "compared with", "ratio", "values"),
@@ -488,7 +494,7 @@ def write_report(results: Results, output_dir: str | Path) -> str:
                 [
                     name,
                     *(
-                        f"{_shown(points[name, n].seconds, 'ms')}, {_shown(points[name, n].peak_bytes, 'MiB')}"
+                        f"{_shown(points[name, n].seconds, 'ms')} ms, {_shown(points[name, n].peak_bytes, 'MiB')} MiB"
                         if (name, n) in points
                         else "left out"
                         for n in tokens
@@ -535,7 +541,7 @@ def plot_scaling(points: Sequence[ScalingPoint], path: str | Path) -> None:
 
 def _shown(value: float, unit: str) -> str:
     value /= _UNITS[unit]
-    return f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
+    return f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}"
 
 
 def _describe(cfg: CfgNode, config_file: str, opts: Sequence[str], batch_size: int) -> str:
