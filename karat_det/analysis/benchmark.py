@@ -239,6 +239,8 @@ def run_benchmark(
         ValueError, OSError: the config is not valid, or the system does not tell a process's peak memory.
         RuntimeError: a process died, most likely for want of memory.
     """
+    if {"step", "inference"} & set(parts):
+        _with_and_without(config_file, opts, turns.device)  # a mistake shows before minutes have passed
     results = Results(describe_machine(turns.device))
     logger.info("On %s", results.machine)
     if "core" in parts:

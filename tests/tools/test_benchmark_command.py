@@ -47,7 +47,7 @@ def test_a_detectors_step_and_inference_are_compared_with_softmax(tmp_path):
     ("arguments", "complaint"),
     [
         (["--repeats", "0"], "--repeats is 0. It must be at least 1."),
-        (["--parts", "step", "--", "MODEL.NO_KEY", "1"], "error: There is no key MODEL.NO_KEY"),
+        (["--", "MODEL.NO_KEY", "1"], "error: There is no key MODEL.NO_KEY"),
     ],
 )
 def test_a_mistake_is_named_without_a_stack_trace(tmp_path, arguments, complaint):
@@ -55,3 +55,4 @@ def test_a_mistake_is_named_without_a_stack_trace(tmp_path, arguments, complaint
     assert done.returncode != 0
     assert complaint in done.stderr
     assert "Traceback" not in done.stderr
+    assert "Attention core" not in done.stdout  # nothing was measured first
