@@ -1,0 +1,650 @@
+"""What KArAt costs on this machine, in time and memory, beside softmax and beside its equation as written.
+
+Whatever is compared runs in one process on the same tensors, the variants taking turns, and the median of the turns
+counts. Peak memory is measured in a fresh process for each variant: on CUDA it is the allocator's, on the CPU the peak
+of the process's resident memory, both beyond what was held before.
+"""
+
+import ctypes
+import json
+import logging
+import multiprocessing
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field, replace
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data.detection_utils import annotations_to_instances
+from detectron2.evaluation import inference_context
+from detectron2.modeling import build_model
+from detectron2.modeling.backbone.utils import get_rel_pos
+from detectron2.solver import build_lr_scheduler
+from detectron2.structures import BoxMode
+from fvcore.nn import FlopCountAnalysis
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..attention import KArAtConfig, KArAtOperator
+from ..attention.module import with_rel_pos
+from ..backbones.vitdet import karat_config
+from ..config import image_size
+from ..engine.optimizer import build_optimizer
+from ..engine.setup import load_cfg
+from ..engine.trainer import Step
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+logger = logging.getLogger(__name__)
+
+PARTS = ("core", "step", "inference", "scaling")
+# Token grids of the scaling part, N = 49 to 4096.
+GRIDS = ((7, 7), (14, 14), (20, 20), (32, 32), (64, 64))
+_UNITS = {"ms": 1e-3, "s": 1.0, "MiB": 2.0**20, "million multiply-adds": 1e6, "images/s": 1.0}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One row of the table.
+
+    Attributes:
+        measured: what was measured.
+        over: what it is compared with.
+        value, reference: of the two, in seconds, bytes, multiply-adds or images a second.
+        unit: they are shown in: a key of _UNITS.
+    """
+
+    measured: str
+    over: str
+    value: float
+    reference: float
+    unit: str
+
+    @property
+    def ratio(self) -> float:
+        return self.value / self.reference
+
+
+@dataclass(frozen=True)
+class ScalingPoint:
+    """One attention core at one number of tokens: seconds of forward and backward, bytes of memory they add."""
+
+    variant: str
+    num_tokens: int
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass
+class Results:
+    """What a benchmark found; `machine` says where."""
+
+    machine: str
+    comparisons: list[Comparison] = field(default_factory=list)
+    scaling: list[ScalingPoint] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Sizes of an attention core: windows or images, heads, (H, W) of the N = H · W tokens, d, rank r.
+
+    `rel_pos` adds decomposed relative positions to the scores.
+    """
+
+    batch_size: int = 8
+    num_heads: int = 12
+    grid: tuple[int, int] = (14, 14)
+    head_dim: int = 64
+    rank: int = 12
+    rel_pos: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def __str__(self) -> str:
+        sizes = f"{self.batch_size} × {self.num_heads} heads, N = {self.num_tokens}, d = {self.head_dim}"
+        return f"{sizes}, r = {self.rank}" + (", relative positions" if self.rel_pos else "")
+
+
+# Attention cores: how they are evaluated, and fields of the operator's config.
+SDPA = "scaled_dot_product_attention"
+SOFTMAX = "softmax written out"
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    SDPA: ("fused", {}),
+    SOFTMAX: ("written out", {}),
+    "attend, G = 1": ("attend", {"grid_size": 1}),
+    "attend, G = 3": ("attend", {"grid_size": 3}),
+    "attend, G = 1, residual softmax": ("attend", {"grid_size": 1, "residual": "softmax"}),
+    "direct, G = 1": ("direct", {"grid_size": 1}),
+    "direct, G = 3": ("direct", {"grid_size": 3}),
+}
+# Matrices of the scores' size that a forward and backward holds at a time, roughly.
+_MATRICES = {"fused": 0, "attend": 0, "written out": 4, "direct": 8}
+
+
+class AttentionCore(nn.Module):
+    """From query, key and value to the attended values, each (B, heads, N, d), without the linear layers around it.
+
+    "direct" is equation 2 as written, KArAtOperator.activate: features of all harmonics, Φ̂[A], the activated N×N matrix
+    W Φ̂[A], and its product with the values, all kept by autograd. Relative positions are added to softmax's scores by
+    Detectron2's formula, as a bias that is written out; scaled_dot_product_attention takes them in no other way.
+
+    Args:
+        variant: a key of VARIANTS.
+        shape: sizes.
+    """
+
+    def __init__(self, variant: str, shape: AttentionShape):
+        super().__init__()
+        self.evaluation, fields = VARIANTS[variant]
+        self.grid = shape.grid
+        self.operator = None
+        if fields:
+            self.operator = KArAtOperator(shape.num_heads, shape.num_tokens, KArAtConfig(rank=shape.rank, **fields))
+        self.rel_pos_h = self.rel_pos_w = None
+        if shape.rel_pos:
+            self.rel_pos_h, self.rel_pos_w = (
+                nn.Parameter(0.02 * torch.randn(2 * size - 1, shape.head_dim)) for size in shape.grid
+            )
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        scale = query.shape[-1] ** -0.5
+        if self.evaluation == "fused":
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=self._bias(query))
+        if self.evaluation == "written out":
+            scores = (query * scale) @ key.transpose(-2, -1)
+            bias = self._bias(query)
+            return (scores if bias is None else scores + bias).softmax(dim=-1) @ value
+        if self.rel_pos_h is not None:
+            query, key = with_rel_pos(query, key, self.rel_pos_h, self.rel_pos_w, scale)
+            scale = 1.0
+        if self.evaluation == "attend":
+            return self.operator.attend(query, key, value, scale=scale)
+        return self.operator.activate((query * scale) @ key.transpose(-2, -1)) @ value
+
+    def _bias(self, query: Tensor) -> Tensor | None:
+        """Of shape (B, heads, N, N). Detectron2's add_decomposed_rel_pos wants the scores to add it to."""
+        if self.rel_pos_h is None:
+            return None
+        height, width = self.grid
+        on_grid = query.unflatten(2, self.grid)
+        rows = torch.einsum("bnhwd,hkd->bnhwk", on_grid, get_rel_pos(height, height, self.rel_pos_h))
+        columns = torch.einsum("bnhwd,wkd->bnhwk", on_grid, get_rel_pos(width, width, self.rel_pos_w))
+        return (rows[..., :, None] + columns[..., None, :]).flatten(4, 5).flatten(2, 3)
+
+
+@dataclass(frozen=True)
+class Turns:
+    """How functions are timed.
+
+    Attributes:
+        repeats: turns that each takes.
+        seconds: no turn begins after so many, except the first.
+        device: "cpu", or "cuda" to wait for what was started there.
+    """
+
+    repeats: int = 15
+    seconds: float = 45.0
+    device: str = "cpu"
+
+    def median_seconds(self, functions: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+        """Median seconds of each of some functions that take turns, after each has run once."""
+        wait = torch.cuda.synchronize if self.device == "cuda" else lambda: None
+        times = {name: [] for name in functions}
+        for function in functions.values():
+            function()
+        wait()
+        end = time.perf_counter() + self.seconds
+        for _ in range(self.repeats):
+            for name, function in functions.items():
+                start = time.perf_counter()
+                function()
+                wait()
+                times[name].append(time.perf_counter() - start)
+            if time.perf_counter() > end:
+                break
+        return {name: statistics.median(measured) for name, measured in times.items()}
+
+
+def run_benchmark(
+    parts: Sequence[str],
+    config_file: str,
+    opts: Sequence[str] = (),
+    turns: Turns = Turns(),
+    max_memory: float = 8 * 2.0**30,
+) -> Results:
+    """Measures some parts, with a line in the log for each comparison begun.
+
+    Args:
+        parts: some of PARTS.
+        config_file: YAML of the detector with KArAt, for "step" and "inference".
+        opts: overrides of its keys, KEY VALUE.
+        turns: of the variants of each comparison, and the device that they run on.
+        max_memory: "scaling" leaves out what would need more bytes.
+
+    Raises:
+        ValueError, OSError: the config is not valid, or the system does not tell a process's peak memory.
+        RuntimeError: a process died, most likely for want of memory.
+    """
+    if {"step", "inference"} & set(parts):
+        _with_and_without(config_file, opts, turns.device)  # a mistake shows before minutes have passed
+    results = Results(describe_machine(turns.device))
+    logger.info("On %s", results.machine)
+    if "core" in parts:
+        for shape in (AttentionShape(), AttentionShape(rel_pos=True)):
+            logger.info("Attention core, %s", shape)
+            results.comparisons += compare_cores(shape, turns)
+        long = AttentionShape(batch_size=1, grid=GRIDS[-1])
+        logger.info("Attention core, peak memory at %s", long)
+        results.comparisons.append(compare_peaks(long, turns.device))
+    if "step" in parts:
+        results.comparisons += compare_steps(config_file, opts, turns)
+    if "inference" in parts:
+        results.comparisons.append(compare_inference(config_file, opts, turns))
+    if "scaling" in parts:
+        for grid in GRIDS:
+            shape = AttentionShape(batch_size=1, grid=grid)
+            logger.info("Scaling, %s", shape)
+            results.scaling += measure_scaling(shape, replace(turns, seconds=turns.seconds / len(GRIDS)), max_memory)
+    return results
+
+
+def compare_cores(shape: AttentionShape, turns: Turns) -> list[Comparison]:
+    """Time of forward and backward, bytes that autograd keeps, and multiply-adds, of attention cores at one size."""
+    torch.manual_seed(0)
+    inputs = _inputs(shape, turns.device)
+    cores = {variant: AttentionCore(variant, shape).to(turns.device) for variant in VARIANTS}
+    # Written-out softmax is there for its multiply-adds: fvcore does not look into fused attention.
+    timed = {name: _pass(core, inputs) for name, core in cores.items() if name not in (SOFTMAX, "direct, G = 1")}
+    seconds = turns.median_seconds(timed)
+    kept = {name: bytes_kept(core, inputs) for name, core in cores.items()}
+    rows = []
+    for variant, over in (
+        ("attend, G = 1", SDPA),
+        ("attend, G = 1, residual softmax", SDPA),
+        ("attend, G = 3", SDPA),
+        ("attend, G = 3", "direct, G = 3"),
+    ):
+        label = f"{variant}: forward + backward, {shape}"
+        rows.append(Comparison(label, over, seconds[variant], seconds[over], "ms"))
+    for variant, over in (
+        ("attend, G = 1", SDPA),
+        ("attend, G = 3", SDPA),
+        ("attend, G = 3", "direct, G = 3"),
+    ):
+        rows.append(Comparison(f"{variant}: bytes autograd keeps, {shape}", over, kept[variant], kept[over], "MiB"))
+    adds = {name: multiply_adds(cores[name], inputs) for name in ("attend, G = 1", SOFTMAX)}
+    label = f"attend, G = 1: multiply-adds counted by fvcore for one of the batch, {shape}"
+    rows.append(Comparison(label, SOFTMAX, adds["attend, G = 1"], adds[SOFTMAX], "million multiply-adds"))
+    return rows
+
+
+def compare_peaks(shape: AttentionShape, device: str = "cpu") -> Comparison:
+    """Memory that forward and backward of `attend` add at their peak, over that of softmax written out."""
+    peaks = {name: _in_fresh_process(_core_peak, name, shape, device) for name in ("attend, G = 1", SOFTMAX)}
+    label = f"attend, G = 1: peak memory added by forward + backward, {shape}"
+    return Comparison(label, SOFTMAX, peaks["attend, G = 1"], peaks[SOFTMAX], "MiB")
+
+
+def compare_steps(config_file: str, opts: Sequence[str], turns: Turns, batch_size: int = 4) -> list[Comparison]:
+    """Time and peak memory of a training step of a detector, over the same detector with softmax.
+
+    A step is the trainer's: forward with all losses, backward, clipping, AdamW; in bfloat16 on CUDA if the config says
+    so. Weights and images are random, from one seed. The memory is all that weights, AdamW's state and a step need.
+    """
+    cfgs = _with_and_without(config_file, opts, turns.device)
+    what = _describe(cfgs["KArAt"], config_file, opts, batch_size)
+    logger.info("Training, %s", what)
+    steps = {name: make_step(cfg, batch_size) for name, cfg in cfgs.items()}
+    step_seconds = turns.median_seconds({name: _train(step) for name, step in steps.items()})
+    logger.info("Its backbone alone")
+    backbone_seconds = turns.median_seconds({name: _backbone_pass(step) for name, step in steps.items()})
+    del steps
+    logger.info("Its peak memory")
+    peaks = {name: _in_fresh_process(_step_peak, cfg, batch_size) for name, cfg in cfgs.items()}
+    return [
+        Comparison(f"{label}, {what}", "softmax", values["KArAt"], values["softmax"], unit)
+        for label, values, unit in (
+            ("training step", step_seconds, "s"),
+            ("forward + backward of the backbone", backbone_seconds, "s"),
+            ("peak memory of training", peaks, "MiB"),
+        )
+    ]
+
+
+def compare_inference(config_file: str, opts: Sequence[str], turns: Turns) -> Comparison:
+    """Images a second, one at a time as in evaluation, over those of the same detector with softmax.
+
+    The weights are random, so that there are as many proposals as there can be and hardly any detections.
+    """
+    cfgs = _with_and_without(config_file, opts, turns.device)
+    what = _describe(cfgs["KArAt"], config_file, opts, 1)
+    logger.info("Inference, %s", what)
+    predictions = {}
+    for name, cfg in cfgs.items():
+        torch.manual_seed(0)
+        predictions[name] = _predict(build_model(cfg), synthetic_batch(cfg, 1))
+    seconds = turns.median_seconds(predictions)
+    label = f"inference (more is better), {what}"
+    return Comparison(label, "softmax", 1 / seconds["KArAt"], 1 / seconds["softmax"], "images/s")
+
+
+def measure_scaling(shape: AttentionShape, turns: Turns, max_memory: float) -> list[ScalingPoint]:
+    """Time and peak memory of forward and backward of attention cores at one number of tokens.
+
+    Cores that would need more than `max_memory` bytes are left out.
+    """
+    torch.manual_seed(0)
+    inputs = _inputs(shape, turns.device)
+    matrix = 4 * shape.batch_size * shape.num_heads * shape.num_tokens**2
+    variants = [
+        name
+        for name, (evaluation, fields) in VARIANTS.items()
+        if fields.get("grid_size") != 3 and _MATRICES[evaluation] * matrix <= max_memory
+    ]
+    passes = {name: _pass(AttentionCore(name, shape).to(turns.device), inputs) for name in variants}
+    seconds = turns.median_seconds(passes)
+    peaks = {name: _in_fresh_process(_core_peak, name, shape, turns.device) for name in variants}
+    return [ScalingPoint(name, shape.num_tokens, seconds[name], peaks[name]) for name in variants]
+
+
+def bytes_kept(module: nn.Module, inputs: Sequence[Tensor]) -> int:
+    """Bytes of memory that autograd keeps between a module's forward and its backward.
+
+    Every storage that is saved counts, once and whole: inputs, parameters and outputs too.
+    """
+    storages = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = module(*inputs)  # holds what is kept, so that no address comes twice
+    del output
+    return sum(storages.values())
+
+
+def multiply_adds(module: nn.Module, inputs: Sequence[Tensor]) -> int:
+    """Multiply-adds of a forward pass over the first item of a batch, as fvcore counts them.
+
+    Those of matrix products count, sines and exponentials do not.
+    """
+    # fvcore misses the batch dimension of a product whose first factor is broadcast along it, as Wᵀ is to meet V.
+    count = FlopCountAnalysis(module, tuple(x[:1] for x in inputs))
+    return int(count.unsupported_ops_warnings(False).uncalled_modules_warnings(False).total())
+
+
+def peak_memory(function: Callable[[], Any], device: str) -> int:
+    """Bytes that a call needs at its peak, beyond what was held before it.
+
+    On the CPU it is the process's resident memory that counts, which Linux knows to some 100 KiB for each core; a
+    process that ran something else before may have memory left over that it uses again.
+
+    Raises:
+        OSError: the device is the CPU, and the system is not Linux or does not let a process reset its peak.
+    """
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    except OSError as error:
+        raise OSError(f"Peak memory on the CPU is measured on Linux alone: {error}. Try --device cuda.") from None
+    before = _resident("VmRSS")
+    function()
+    return max(0, _resident("VmHWM") - before)
+
+
+def synthetic_batch(cfg: CfgNode, batch_size: int) -> list[dict[str, Any]]:
+    """Random images of the model's size, as a mapper gives them, each with eight boxes and masks; always the same."""
+    rng = np.random.default_rng(0)
+    height, width = image_size(cfg)
+    batch = []
+    for _ in range(batch_size):
+        image = torch.from_numpy(rng.integers(0, 256, (3, height, width), dtype=np.uint8))
+        annotations = []
+        for _ in range(8):
+            box_width, box_height = rng.uniform(0.1, 0.5, 2) * (width, height)
+            x, y = rng.uniform(0, (width - box_width, height - box_height))
+            right, bottom = x + box_width, y + box_height
+            annotations.append(
+                {
+                    "bbox": [x, y, right, bottom],
+                    "bbox_mode": BoxMode.XYXY_ABS,
+                    "category_id": int(rng.integers(cfg.MODEL.ROI_HEADS.NUM_CLASSES)),
+                    "segmentation": [[x, y, right, y, right, bottom, x, bottom]],
+                }
+            )
+        instances = annotations_to_instances(annotations, (height, width), cfg.INPUT.MASK_FORMAT)
+        batch.append({"image": image, "height": height, "width": width, "instances": instances})
+    return batch
+
+
+def make_step(cfg: CfgNode, batch_size: int) -> Step:
+    """The trainer's step on a detector with random weights, over and over on one synthetic batch."""
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    optimizer = build_optimizer(cfg, model)
+    # It sets the rates of the warm-up's first step, which leave the weights, and so the proposals, nearly as they are.
+    build_lr_scheduler(cfg, optimizer)
+    return Step(model, repeat(synthetic_batch(cfg, batch_size)), optimizer, cfg)
+
+
+def describe_machine(device: str) -> str:
+    """Processor, threads, GPU if one is used, and PyTorch's version."""
+    processor = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").is_file():
+        name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+        processor = name[1] if name else processor
+    threads = torch.get_num_threads()
+    machine = f"{processor}, {threads} thread{'s' if threads > 1 else ''}"
+    if device == "cuda":
+        machine = f"{torch.cuda.get_device_name()}, {machine}"
+    return f"{machine}, PyTorch {torch.__version__}"
+
+
+def write_report(results: Results, output_dir: str | Path) -> str:
+    """Writes results.json, table.md where rows were measured, and scaling.png where scaling was.
+
+    Returns:
+        The table, in Markdown.
+    """
+    output_dir = Path(output_dir)
+    rows = [{**asdict(comparison), "ratio": comparison.ratio} for comparison in results.comparisons]
+    content = {**asdict(results), "comparisons": rows}
+    (output_dir / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    table = f"Measured on {results.machine}. A ratio of 1.00 is what the other one takes; less is better.\n"
+    if rows:
+        table += "\n" + tabulate(
+            [
+                (
+                    c.measured,
+                    c.over,
+                    f"{c.ratio:.2f}",
+                    f"{_shown(c.value, c.unit)} : {_shown(c.reference, c.unit)} {c.unit}",
+                )
+                for c in results.comparisons
+            ],
+            ("measured", "compared with", "ratio", "values"),
+            tablefmt="github",
+            disable_numparse=True,
+        )
+        table += "\n"
+    if results.scaling:
+        tokens = sorted({point.num_tokens for point in results.scaling})
+        points = {(point.variant, point.num_tokens): point for point in results.scaling}
+        table += "\nForward + backward of one image, 12 heads of 64, over N tokens: time, peak memory added.\n\n"
+        table += tabulate(
+            [
+                [
+                    name,
+                    *(
+                        f"{_shown(points[name, n].seconds, 'ms')} ms, {_shown(points[name, n].peak_bytes, 'MiB')} MiB"
+                        if (name, n) in points
+                        else "left out"
+                        for n in tokens
+                    ),
+                ]
+                for name in VARIANTS
+                if any((name, n) in points for n in tokens)
+            ],
+            ("attention core", *(f"N = {n}" for n in tokens)),
+            tablefmt="github",
+            disable_numparse=True,
+        )
+        table += "\n"
+        plot_scaling(results.scaling, output_dir / "scaling.png")
+    (output_dir / "table.md").write_text(table, encoding="utf-8")
+    return table
+
+
+def plot_scaling(points: Sequence[ScalingPoint], path: str | Path) -> None:
+    """Draws time and peak memory over the number of tokens, both axes logarithmic, a line for each variant."""
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5))
+    tokens = sorted({point.num_tokens for point in points})
+    for panel, attribute, unit, title in (
+        (panels[0], "seconds", "ms", "time of forward + backward"),
+        (panels[1], "peak_bytes", "MiB", "peak memory that they add"),
+    ):
+        for name in VARIANTS:
+            line = sorted((p.num_tokens, getattr(p, attribute) / _UNITS[unit]) for p in points if p.variant == name)
+            if line:
+                panel.plot(*zip(*line, strict=True), "o-", markersize=4, label=name)
+        panel.set_xscale("log")
+        panel.set_yscale("log")
+        panel.set_xticks(tokens, tokens)
+        panel.minorticks_off()
+        panel.set_xlabel("N, tokens that attend to each other")
+        panel.set_ylabel(unit)
+        panel.set_title(title)
+        panel.grid(color="0.9")
+    panels[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _shown(value: float, unit: str) -> str:
+    value /= _UNITS[unit]
+    return f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}"
+
+
+def _describe(cfg: CfgNode, config_file: str, opts: Sequence[str], batch_size: int) -> str:
+    height, width = image_size(cfg)
+    images = "1 image" if batch_size == 1 else f"{batch_size} images"
+    overrides = f" with {' '.join(opts)}" if opts else ""
+    return f"{Path(config_file).name}{overrides} ({karat_config(cfg).shorthand}), {images} of {height} × {width}"
+
+
+def _with_and_without(config_file: str, opts: Sequence[str], device: str) -> dict[str, CfgNode]:
+    fixed = ["MODEL.DEVICE", device, "MODEL.KARAT.ENABLED"]
+    return {
+        name: load_cfg(config_file, [*opts, *fixed, str(enabled)], own_data_needed=False)
+        for name, enabled in (("KArAt", True), ("softmax", False))
+    }
+
+
+def _inputs(shape: AttentionShape, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """query, key and value."""
+    size = (shape.batch_size, shape.num_heads, shape.num_tokens, shape.head_dim)
+    return tuple(torch.randn(size, device=device, requires_grad=True) for _ in range(3))
+
+
+def _pass(core: AttentionCore, inputs: tuple[Tensor, Tensor, Tensor]) -> Callable[[], Any]:
+    """Forward and backward, for the gradients of inputs and parameters."""
+    gradient = torch.randn_like(inputs[0])
+    leaves = [*inputs, *core.parameters()]
+    return lambda: torch.autograd.grad(core(*inputs), leaves, gradient)
+
+
+def _train(step: Step) -> Callable[[], None]:
+    return lambda: step.train(0, 1)
+
+
+def _backbone_pass(step: Step) -> Callable[[], None]:
+    model = step.model
+    images = model.preprocess_image(next(iter(step.data_loader))).tensor
+
+    def run() -> None:
+        model.zero_grad()
+        with torch.autocast(**step.autocast):
+            features = model.backbone(images)
+        sum(feature.float().mean() for feature in features.values()).backward()
+
+    return run
+
+
+def _predict(model: nn.Module, batch: list[dict[str, Any]]) -> Callable[[], None]:
+    def run() -> None:
+        with inference_context(model), torch.no_grad():
+            model(batch)
+
+    return run
+
+
+def _core_peak(variant: str, shape: AttentionShape, device: str) -> int:
+    small = replace(shape, grid=(4, 4))
+    _pass(AttentionCore(variant, small).to(device), _inputs(small, device))()  # libraries get what they need
+    run = _pass(AttentionCore(variant, shape).to(device), _inputs(shape, device))
+    return peak_memory(run, device)
+
+
+def _step_peak(cfg: CfgNode, batch_size: int) -> int:
+    def run() -> None:
+        step = make_step(cfg, batch_size)
+        # AdamW makes its state in the first of all steps: here without the cost of a forward and backward.
+        for group in step.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        step.optimizer.step()
+        step.optimizer.zero_grad()
+        step.train(0, 1)
+
+    return peak_memory(run, cfg.MODEL.DEVICE)
+
+
+def _in_fresh_process(function: Callable[..., int], *args: Any) -> int:
+    """Calls a function of this module in a new process.
+
+    It is forked from a server that has only imported this module, which is faster than to start an interpreter.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_prepare, initargs=(torch.get_num_threads(),)) as pool:
+        try:
+            return pool.submit(function, *args).result()
+        except BrokenProcessPool:
+            raise RuntimeError(
+                "A process that measured its memory was killed, most likely since the machine has too little of it. "
+                "Lower --max-memory, or leave out --parts."
+            ) from None
+
+
+def _prepare(threads: int) -> None:
+    torch.set_num_threads(threads)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        # glibc's M_MMAP_THRESHOLD: tensors above 64 KiB are pages of their own, which go back when they are freed.
+        mallopt(-3, 2**16)
+
+
+def _resident(key: str) -> int:
+    """Bytes of this process's memory: VmRSS is now, VmHWM the peak."""
+    return 1024 * int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1])
