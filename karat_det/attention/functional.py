@@ -99,9 +99,10 @@ class _ByRows(torch.autograd.Function):
             chunk = slice(row, row + ctx.rows)
             inputs = [None if x is None else x.detach() for x in (*_cut(rowwise, chunk), *shared)]
             learning = [x.requires_grad_() for x, need in zip(inputs, needed, strict=True) if need]
-            with torch.enable_grad(), torch.autocast(output_gradient.device.type, enabled=False):
-                result = ctx.function(*inputs)
-            parts = torch.autograd.grad(result, learning, output_gradient[..., chunk, :], allow_unused=True)
+            with torch.autocast(output_gradient.device.type, enabled=False):
+                with torch.enable_grad():
+                    result = ctx.function(*inputs)
+                parts = torch.autograd.grad(result, learning, output_gradient[..., chunk, :], allow_unused=True)
             totals = [*_cut(gradients[: ctx.num_rowwise], chunk), *gradients[ctx.num_rowwise :]]
             for total, part in zip((x for x in totals if x is not None), parts, strict=True):
                 if part is not None:

@@ -395,8 +395,14 @@ class KArAtOperator(nn.Module):
         """Coefficients of Φ[x] V. Mixing the units of a linear family is mixing their coefficients."""
         if not self.basis.linear:
             return coefficients
-        values = value[(..., *(None,) * len(self.basis.family), slice(None), slice(None))]
-        return self._scaled(coefficients, scale, value) @ values
+
+        def mixed(coefficients: Tensor, value: Tensor) -> Tensor:
+            values = value[(..., *(None,) * len(self.basis.family), slice(None), slice(None))]
+            return self._scaled(coefficients, scale, value) @ values
+
+        # The product copies the coefficients for each of the batch.
+        batch_size = value[..., 0, 0].numel() // self.num_karat_heads
+        return by_rows(mixed, [coefficients], [value], batch_size * coefficients[..., 0, :].numel())
 
     def _base_sums(self, inputs: Tensor, scale: float, mask: Tensor | None = None) -> Tensor | float:
         """Σ_q b(x_q), of shape (..., rows, 1); the same for all units."""
