@@ -38,8 +38,7 @@ from torch.nn import functional as F
 
 from ..attention import KArAtConfig, KArAtOperator
 from ..attention.module import with_rel_pos
-from ..backbones.vitdet import karat_config
-from ..config import image_size
+from ..config import image_size, karat_config
 from ..engine.optimizer import build_optimizer
 from ..engine.setup import load_cfg
 from ..engine.trainer import Step

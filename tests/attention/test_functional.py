@@ -81,6 +81,35 @@ def test_any_shape_gives_the_plain_sums(batch, sizes, grid_size, chunk_size, see
         )
 
 
+@pytest.fixture
+def threads():
+    """Sets the number of threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+# Fewer threads than the 3 heads, as many, and more.
+@pytest.mark.parametrize("num_threads", [2, 3, 8])
+@pytest.mark.parametrize("bias_heads", [1, 3])
+def test_heads_may_be_shared_among_threads(threads, num_threads, bias_heads):
+    torch.manual_seed(0)
+    inputs = normal(2, 3, 6, 4), normal(2, 3, 5, 4), normal(3, 2, 2, 5, 3), 0.7, normal(bias_heads, 6, 5)
+    threads(num_threads)
+    assert_equal_with_gradients(fourier_sums, plain_fourier_sums, inputs)
+    assert torch.get_num_threads() == num_threads
+    with torch.inference_mode():
+        torch.testing.assert_close(fourier_sums(*inputs), plain_fourier_sums(*inputs))
+
+
+def test_an_error_in_a_thread_is_not_lost_and_their_number_stays(threads):
+    threads(2)
+    query, coefficients = normal(2, 3, 6, 4), normal(3, 2, 2, 5, 3)
+    with pytest.raises(RuntimeError):
+        functional._fourier_sums(query, query, coefficients, 1.0, None)  # 6 keys, functions for 5
+    assert torch.get_num_threads() == 2
+
+
 def test_query_and_key_may_be_views_of_one_projection():
     torch.manual_seed(1)
     qkv, coefficients = normal(2, 6, 3, 2, 4), normal(2, 2, 2, 6, 3)
