@@ -111,10 +111,28 @@ def test_sizes_that_do_not_fit_are_refused():
         KArAtAttention(8, 2, 4, KArAtConfig(rank=2))(torch.zeros(1, 9, 8))
 
 
-def test_attention_compiles_without_a_graph_break_to_the_same_outputs():
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"base_function": "gelu"},
+        {"basis": "rational", "residual": "softmax", "num_karat_heads": 1},
+        {"basis": "dog", "order": "two_operators", "projection": "simplex"},
+    ],
+    ids=str,
+)
+def test_attention_compiles_without_a_graph_break_to_the_same_outputs_and_gradients(fields):
     torch.manual_seed(3)
-    attention = KArAtAttention(8, 2, 6, KArAtConfig(rank=2), use_rel_pos=True, input_size=(2, 3))
-    x = torch.randn(1, 2, 3, 8)
-    # The eager backend traces as the compiler does, and needs no compiler.
-    compiled = torch.compile(attention, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(x), attention(x))
+    torch.compiler.reset()
+    attention = KArAtAttention(8, 2, 6, KArAtConfig(**{"rank": 2, **fields}), use_rel_pos=True, input_size=(2, 3))
+    with torch.no_grad():
+        for parameter in attention.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    x = torch.randn(1, 2, 3, 8, requires_grad=True)
+    # This backend traces forward and backward as the compiler does, and needs no compiler.
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    learning = [x, *attention.parameters()]
+    outputs = [compiled(x), attention(x)]
+    torch.testing.assert_close(*outputs)
+    gradients = [torch.autograd.grad(output.square().sum(), learning) for output in outputs]
+    for gradient, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-4)
