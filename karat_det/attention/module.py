@@ -85,17 +85,20 @@ class KArAtAttention(nn.Module):
         """
         Args:
             x: tokens on a grid (B, H, W, C), as in Detectron2, or in a row (B, N, C), as in timm.
-            attn_mask: added to the scores, broadcastable to (B, heads, N, N), finite floats.
+            attn_mask: broadcastable to (B, heads, N, N). Finite floats are added to the scores; a boolean mask is False
+                where a query does not see a key, as in torch's scaled_dot_product_attention.
             is_causal: must be False; it is there since timm's blocks pass it.
 
         Returns:
             A tensor of the shape of x.
 
         Raises:
-            ValueError: x has another number of tokens than the operator, or the mask is boolean or causal.
+            ValueError: x has another number of tokens than the operator, or is_causal is True.
         """
-        if is_causal or (attn_mask is not None and attn_mask.dtype == torch.bool):
-            raise ValueError("KArAt has no excluded pairs of tokens: is_causal and boolean masks are for softmax only.")
+        if is_causal:
+            raise ValueError("is_causal is True. Tokens of an image have no order: give an attn_mask, or False.")
+        is_mask = attn_mask is not None and attn_mask.dtype == torch.bool
+        bias, mask = (None, attn_mask) if is_mask else (attn_mask, None)
         batch_size, channels = x.shape[0], x.shape[-1]
         # (3, B, heads, N, d)
         qkv = self.qkv(x).reshape(batch_size, -1, 3, self.num_heads, channels // self.num_heads).permute(2, 0, 3, 1, 4)
@@ -106,7 +109,7 @@ class KArAtAttention(nn.Module):
             with torch.autocast(x.device.type, enabled=False):
                 query, key = with_rel_pos(query, key, self.rel_pos_h, self.rel_pos_w, scale)
             scale = 1.0
-        attended = self.operator.attend(query, key, value, attn_mask, scale)  # (B, heads, N, d)
+        attended = self.operator.attend(query, key, value, bias, scale, mask)  # (B, heads, N, d)
         return self.proj_drop(self.proj(attended.transpose(1, 2).reshape(x.shape)))
 
 
