@@ -117,23 +117,22 @@ def _cut(tensors: Sequence[Tensor | None], rows: slice) -> list[Tensor | None]:
 # Operators that torch.compile does not look into: it would unroll the chunks.
 @torch.library.custom_op("karat_det::fourier_sums", mutates_args=())
 def _fourier_sums(query: Tensor, key: Tensor, coefficients: Tensor, scale: float, bias: Tensor | None) -> Tensor:
-    batch_size, num_heads, num_rows, _ = query.shape
     grid_size, _, rank = coefficients.shape[2:]
-    sums = query.new_empty(num_heads, batch_size, num_rows, rank)  # heads first: chunks are contiguous
+    # Heads come first here and below: they have coefficients of their own, and so chunks are contiguous.
+    query, key = query.transpose(0, 1), key.transpose(0, 1)
+    sums = query.new_empty(*query.shape[:-1], rank)
 
-    def work(heads: range) -> None:
-        chunks = _Chunks(query, key)
-        for head in heads:
-            cosine_weights, sine_weights = (weights.unbind() for weights in coefficients[head].unbind())
-            for items, rows in chunks:
-                scaled_query = query[items, head, rows] * scale
-                scores = chunks.scores(scaled_query, key[items, head], _part(bias, head, items, rows))
-                chunk_sums = sums[head, items, rows].view(-1, rank)
-                for m, sign, cosines, sines in chunks.harmonics(scores, grid_size):
-                    chunk_sums.addmm_(cosines, cosine_weights[m - 1], alpha=sign, beta=0 if m == 1 else 1)
-                    chunk_sums.addmm_(sines, sine_weights[m - 1], alpha=sign)
+    def work(chunks: _Chunks) -> None:
+        for heads, items, rows in chunks:
+            cosine_weights, sine_weights = coefficients[heads].unbind(1)  # (heads, G, M, r)
+            scaled_query, chunk_key = query[heads, items, rows] * scale, key[heads, items]
+            scores = chunks.scores(scaled_query, chunk_key, _part(bias, heads, items, rows))
+            chunk_sums = sums[heads, items, rows].flatten(1, 2)
+            for m, sign, cosines, sines in chunks.harmonics(scores, grid_size):
+                _add_product(chunk_sums, cosines, cosine_weights[:, m - 1], sign, keep=m > 1)
+                _add_product(chunk_sums, sines, sine_weights[:, m - 1], sign)
 
-    _share_heads(work, num_heads, query.device)
+    _share_heads(work, query, key)
     return sums.transpose(0, 1)
 
 
@@ -149,44 +148,40 @@ def _fourier_sums_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of query, key, coefficients and, with_bias, of the bias, else an empty tensor."""
     grid_size = coefficients.shape[2]
-    query_gradient = query.new_empty(query.transpose(0, 1).shape)
-    key_gradient = key.new_zeros(key.transpose(0, 1).shape)
+    query, key, sums_gradient = query.transpose(0, 1), key.transpose(0, 1), sums_gradient.transpose(0, 1)
+    query_gradient = query.new_empty(query.shape)
+    key_gradient = key.new_zeros(key.shape)
     # (heads, 2, G, r, M): a product with the many rows last is the faster one.
     weights_gradient = coefficients.new_zeros(coefficients.transpose(3, 4).shape)
     bias_gradient = query.new_zeros(bias.shape if with_bias else 0)
 
-    def work(heads: range) -> None:
-        chunks = _Chunks(query, key)
-        for head in heads:
-            cosine_weights, sine_weights = (weights.mT.unbind() for weights in coefficients[head].unbind())
-            cosine_gradients, sine_gradients = (gradients.unbind() for gradients in weights_gradient[head].unbind())
-            for items, rows in chunks:
-                chunk_key = key[items, head]
-                scaled_query = query[items, head, rows] * scale
-                scores = chunks.scores(scaled_query, chunk_key, _part(bias, head, items, rows))
-                unit_gradient = sums_gradient[items, head, rows].flatten(0, 1)
-                scores_gradient, feature_gradient = (chunks.memory(name, scores.shape) for name in (1, 2))
-                for m, sign, cosines, sines in chunks.harmonics(scores, grid_size):
-                    torch.mm(unit_gradient, sine_weights[m - 1], out=feature_gradient)
-                    if m == 1:
-                        torch.mul(cosines, feature_gradient, out=scores_gradient)
-                    else:
-                        scores_gradient.addcmul_(cosines, feature_gradient, value=sign * m)
-                    torch.mm(unit_gradient, cosine_weights[m - 1], out=feature_gradient)
-                    scores_gradient.addcmul_(sines, feature_gradient, value=-sign * m)
-                    cosine_gradients[m - 1].addmm_(unit_gradient.T, cosines, alpha=sign)
-                    sine_gradients[m - 1].addmm_(unit_gradient.T, sines, alpha=sign)
-                scores_gradient = scores_gradient.view(*scaled_query.shape[:2], -1)
-                torch.bmm(scores_gradient, chunk_key, out=query_gradient[head, items, rows])
-                key_gradient[head, items].baddbmm_(scores_gradient.mT, scaled_query)
-                if with_bias:
-                    part = _part(bias_gradient, head, items, rows)
-                    part += scores_gradient.sum_to_size(part.shape)
+    def work(chunks: _Chunks) -> None:
+        for heads, items, rows in chunks:
+            cosine_weights, sine_weights = coefficients[heads].mT.unbind(1)  # (heads, G, r, M)
+            cosine_gradients, sine_gradients = weights_gradient[heads].unbind(1)
+            scaled_query, chunk_key = query[heads, items, rows] * scale, key[heads, items]
+            scores = chunks.scores(scaled_query, chunk_key, _part(bias, heads, items, rows))
+            unit_gradient = sums_gradient[heads, items, rows].flatten(1, 2)
+            scores_gradient, feature_gradient = (chunks.memory(name, scores.shape) for name in (1, 2))
+            for m, sign, cosines, sines in chunks.harmonics(scores, grid_size):
+                _add_product(feature_gradient, unit_gradient, sine_weights[:, m - 1], keep=False)
+                if m == 1:
+                    torch.mul(cosines, feature_gradient, out=scores_gradient)
+                else:
+                    scores_gradient.addcmul_(cosines, feature_gradient, value=sign * m)
+                _add_product(feature_gradient, unit_gradient, cosine_weights[:, m - 1], keep=False)
+                scores_gradient.addcmul_(sines, feature_gradient, value=-sign * m)
+                _add_product(cosine_gradients[:, m - 1], unit_gradient.mT, cosines, sign)
+                _add_product(sine_gradients[:, m - 1], unit_gradient.mT, sines, sign)
+            by_item = scores_gradient.view(-1, scaled_query.shape[2], scores.shape[2])
+            torch.bmm(by_item, chunk_key.flatten(0, 1), out=query_gradient[heads, items, rows].flatten(0, 1))
+            key_gradient[heads, items].flatten(0, 1).baddbmm_(by_item.mT, scaled_query.flatten(0, 1))
+            if with_bias:
+                part = _part(bias_gradient, heads, items, rows)
+                part += by_item.view(*scaled_query.shape[:3], -1).sum_to_size(part.shape)
 
-    if with_bias and bias.shape[1] == 1:
-        work(range(key.shape[1]))  # all heads add to the same gradient
-    else:
-        _share_heads(work, key.shape[1], key.device)
+    # Where all heads add to the gradient of one bias, they must not do so at the same time.
+    _share_heads(work, query, key, in_threads=not (with_bias and bias.shape[1] == 1))
     query_gradient *= scale
     return (
         query_gradient.transpose(0, 1),
@@ -196,22 +191,24 @@ def _fourier_sums_backward(
     )
 
 
-def _share_heads(work: Callable[[range], None], num_heads: int, device: torch.device) -> None:
-    """Calls `work` with heads of its own in each thread, whose operators are of a single thread.
+def _share_heads(work: "Callable[[_Chunks], None]", query: Tensor, key: Tensor, in_threads: bool = True) -> None:
+    """Calls `work` with chunks of its own in each thread, whose operators are of a single thread.
 
     Were the operators of several threads, these would meet after each of some twenty for a chunk, and where another
     process takes one of the cores for a moment, all would wait.
     """
-    num_threads = torch.get_num_threads()
-    workers = min(num_threads, num_heads) if device.type == "cpu" else 1
-    if workers == 1:
-        work(range(num_heads))
+    num_heads, num_threads = len(query), torch.get_num_threads()
+    num_scores = query[..., 0].numel() * key.shape[2]
+    workers = min(num_threads, num_heads, math.ceil(num_scores / _chunk_size(query.device)))
+    if query.device.type != "cpu" or workers == 1 or not in_threads:
+        work(_Chunks(query, key, range(num_heads)))
         return
 
     def work_alone(worker: int) -> None:
         torch.set_num_threads(num_threads // workers)  # of this thread and of those that are yet to start
+        heads = range(worker * num_heads // workers, (worker + 1) * num_heads // workers)
         with torch.inference_mode(inference), torch.no_grad():
-            work(range(worker, num_heads, workers))
+            work(_Chunks(query, key, heads))
 
     inference = torch.is_inference_mode_enabled()
     try:
@@ -222,40 +219,47 @@ def _share_heads(work: Callable[[range], None], num_heads: int, device: torch.de
 
 
 class _Chunks:
-    """Goes through (items of the batch, rows of scores), and has memory for the numbers of one chunk."""
+    """Goes through (heads, items of the batch, rows of scores), and has memory for the numbers of one chunk.
 
-    def __init__(self, query: Tensor, key: Tensor):
-        batch_size, _, num_rows, _ = query.shape
+    A chunk is rows of one item, or all rows of some items, or all items of some heads.
+
+    Args:
+        query, key: of shape (heads, B, N or M, d).
+        heads: those to go through.
+    """
+
+    def __init__(self, query: Tensor, key: Tensor, heads: range):
+        self.all_heads = heads
+        _, self.batch_size, self.num_rows, _ = query.shape
         row_size = key.shape[2]
-        size = _chunk_size(query.device)
-        rows = min(num_rows, max(1, size // row_size))
-        items = min(batch_size, max(1, size // (rows * row_size)))
-        self.chunks = [
-            (slice(item, item + items), slice(row, row + rows))
-            for item in range(0, batch_size, items)
-            for row in range(0, num_rows, rows)
-        ]
-        self.allocate = partial(query.new_empty, items * rows, row_size)
+        room = max(1, _chunk_size(query.device) // row_size)  # rows in a chunk
+        self.rows = min(self.num_rows, room)
+        self.items = min(self.batch_size, max(1, room // self.rows))
+        self.heads = min(len(heads), max(1, room // (self.rows * self.batch_size)))
+        self.allocate = partial(query.new_empty, self.heads * self.items * self.rows * row_size)
         self.allocated = {}
 
-    def __iter__(self) -> Iterator[tuple[slice, slice]]:
-        return iter(self.chunks)
+    def __iter__(self) -> Iterator[tuple[slice, slice, slice]]:
+        for head in self.all_heads[:: self.heads]:
+            heads = slice(head, min(head + self.heads, self.all_heads.stop))
+            for item in range(0, self.batch_size, self.items):
+                for row in range(0, self.num_rows, self.rows):
+                    yield heads, slice(item, item + self.items), slice(row, row + self.rows)
 
-    def memory(self, name: int, shape: torch.Size) -> Tensor:
-        """Memory (rows of all items, M) that one chunk after the other uses, not initialised."""
+    def memory(self, name: int, shape: Sequence[int]) -> Tensor:
+        """Memory that one chunk after the other uses, not initialised."""
         if name not in self.allocated:
             self.allocated[name] = self.allocate()
-        return self.allocated[name][: shape[0]]
+        return self.allocated[name][: math.prod(shape)].view(shape)
 
     def scores(self, query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
-        """Q Kᵀ + bias of a chunk, of shape (rows of all items, M)."""
-        items, rows, _ = query.shape
-        scores = self.memory(0, (items * rows,))
-        by_item = scores.view(items, rows, -1)
-        torch.bmm(query, key.mT, out=by_item)
+        """Q Kᵀ + bias of a chunk, of shape (heads, items · rows, M)."""
+        heads, items, rows, _ = query.shape
+        scores = self.memory(0, (heads, items, rows, key.shape[2]))
+        torch.bmm(query.flatten(0, 1), key.flatten(0, 1).mT, out=scores.flatten(0, 1))
         if bias is not None:
-            by_item += bias
-        return scores
+            scores += bias
+        return scores.flatten(1, 2)
 
     def harmonics(self, scores: Tensor, grid_size: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """Yields m, a sign, and the sign times cos(m A) and sin(m A), for m = 1 to G. It overwrites the scores.
@@ -278,12 +282,23 @@ class _Chunks:
             yield m, *now
 
 
-def _part(bias: Tensor | None, head: int, items: slice, rows: slice) -> Tensor | None:
-    """What of a bias (B, heads, N, M), each dimension whole or 1, belongs to a chunk."""
+def _add_product(total: Tensor, left: Tensor, right: Tensor, sign: int = 1, keep: bool = True) -> None:
+    """Adds sign · left · right, or without `keep` writes it, to the total of each head, in place."""
+    if len(total) == 1:  # faster as a product of matrices than as a batch of one
+        total[0].addmm_(left[0], right[0], alpha=sign, beta=int(keep))
+    else:
+        total.baddbmm_(left, right, alpha=sign, beta=int(keep))
+
+
+def _part(bias: Tensor | None, heads: slice, items: slice, rows: slice) -> Tensor | None:
+    """What of a bias (B, heads, N, M), each dimension whole or 1, belongs to a chunk: (heads, items, rows, M) or 1."""
     if bias is None:
         return None
-    bias = bias[items if len(bias) > 1 else slice(None), head if bias.shape[1] > 1 else 0]
-    return bias[:, rows] if bias.shape[1] > 1 else bias
+    whole = slice(None)
+    bias = bias.transpose(0, 1)
+    return bias[
+        tuple(part if size > 1 else whole for part, size in zip((heads, items, rows), bias.shape, strict=False))
+    ]
 
 
 def _chunk_size(device: torch.device, per_thread: int = 5 * 2**15) -> int:
