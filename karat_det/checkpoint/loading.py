@@ -132,10 +132,10 @@ class SafeCheckpointer(DetectionCheckpointer):
 
         complaints = []
         if not loaded:
+            names = list(dict.fromkeys(key.partition(".")[0] for key in in_file))
             complaints.append(
-                "No tensor of the file has a name and shape of the model's. Its names begin with "
-                f"{', '.join(list(dict.fromkeys(key.partition('.')[0] for key in in_file))[:8])}. Known layouts: "
-                f"{LAYOUTS}."
+                f"No tensor of the file has a name and shape of the model's. Its names begin with "
+                f"{', '.join(names[:8])}." + ("" if source else f" Known layouts: {LAYOUTS}.")
             )
         if self.complete and absent:
             complaints.append(f"The file lacks {len(absent)} tensors of the model:\n{_by_module(absent)}")
