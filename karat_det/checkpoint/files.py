@@ -77,9 +77,12 @@ def write_weights(path: str, state: Mapping[str, Tensor], token_grids: Mapping[s
 
     Raises:
         ValueError: the suffix is another one.
+        FileNotFoundError: there is no such folder.
     """
     if not path.endswith(WRITTEN):
         raise ValueError(f"{path} must end in one of {', '.join(WRITTEN)}.")
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        raise FileNotFoundError(f"{path}: there is no folder {os.path.dirname(path)}. Make it first.")
     partial = f"{path}.partial"
     try:
         if path.endswith(".safetensors"):
