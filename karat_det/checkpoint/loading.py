@@ -1,8 +1,7 @@
 """Weights into models: safe reading, and an account of what was loaded that a user can check.
 
-Files are those of `torch.save`: a state dict, or a dict that holds one under "model", as Detectron2's checkpoints do.
-Those saved here hold under "token_grids" the (H, W) of each operator's tokens too. They are read by torch's
-weights-only loader, which runs no code from a file.
+What the files are is in files.py, in what names they have the weights in layouts.py. Those saved here hold under
+"token_grids" the (H, W) of each operator's tokens too.
 """
 
 import logging
@@ -14,19 +13,25 @@ from urllib.parse import urlparse
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from tabulate import tabulate
 from torch import nn
-from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
+from ..attention import KArAtOperator
+from .files import read_weights
+from .layouts import LAYOUTS, convert_state
 from .resampling import resample_state, token_grids
 
 logger = logging.getLogger(__name__)
+
+# Swin's index of pairs of tokens: a constant, which files of other layouts do not have.
+_COMPUTED_BY_THE_MODEL = "relative_position_index"
 
 
 class SafeCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, but it runs no code from a file and stops where weights do not fit the model.
 
-    Weights of a model for another image or window size are resampled to the model's tokens, unless a run resumes: the
-    state of its optimiser would no longer fit.
+    Weights of another layout get the model's names, and those of a model for another image or window size are resampled
+    to its tokens, unless a run resumes: the state of its optimiser would no longer fit.
 
     Args:
         model: the model to save and load.
@@ -43,13 +48,13 @@ class SafeCheckpointer(DetectionCheckpointer):
         super().__init__(model, save_dir, **checkpointables)
         self.strict = strict
         self.complete = complete
-        self.resample = True
+        self.resumes = False
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Continues from the run's last checkpoint if `resume` and there is one, else loads the model from `path`."""
         if resume and self.has_checkpoint():
             self.strict = self.complete = True
-            self.resample = False
+            self.resumes = True
             path = self.get_checkpoint_file()
             check_weights_file(path, "last_checkpoint in OUTPUT_DIR")
             return self.load(path)
@@ -75,33 +80,24 @@ class SafeCheckpointer(DetectionCheckpointer):
         self.tag_last_checkpoint(f"{name}.pth")
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        try:
-            loaded = torch.load(filename, map_location="cpu", weights_only=True)
-        except Exception as error:  # what a foreign file raises depends on its bytes
-            raise ValueError(
-                f"{filename} is no weights file that can be read without running code from it: it is truncated, of "
-                f"another format, or holds more than tensors and plain values. Save a state dict with torch.save. "
-                f"({error})"
-            ) from error
-        checkpoint = loaded if isinstance(loaded, dict) and "model" in loaded else {"model": loaded}
-        state = checkpoint["model"]
-        if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-            held = (
-                f"a dict of {', '.join(map(str, list(state)[:5]))}" if isinstance(state, dict) else type(state).__name__
-            )
-            raise ValueError(f"{filename} holds no state dict, neither bare nor under 'model', but {held}.")
+        checkpoint = read_weights(filename, averaged=not self.resumes)
+        # Names are matched here by layout, and not by Detectron2's guess.
+        checkpoint.pop("matching_heuristics", None)
         return checkpoint
 
     def _load_model(self, checkpoint: dict[str, Any]):
-        state = checkpoint["model"]
-        in_file = set(state)
-        if all(key.startswith("module.") for key in state):  # of a model in DistributedDataParallel
-            consume_prefix_in_state_dict_if_present(state, "module.")
+        in_file = dict(checkpoint["model"])
         grids = checkpoint.pop("token_grids", {})
-        resampled, refused = resample_state(state, self.model, grids) if self.resample else ({}, {})
+        source, ignored, resampled, refused = "", {}, {}, {}
+        if not self.resumes:
+            state, grids, source, ignored = convert_state(in_file, grids, self.model.state_dict().keys())
+            resampled, refused = resample_state(state, self.model, grids)
+            checkpoint["model"] = state
         incompatible = super()._load_model(checkpoint)
         misfits = {key for key, _, _ in incompatible.incorrect_shapes}
-        absent = [key for key in incompatible.missing_keys if key not in misfits]
+        absent = [
+            key for key in incompatible.missing_keys if key not in misfits and not key.endswith(_COMPUTED_BY_THE_MODEL)
+        ]
         loaded = [key for key in self.model.state_dict() if key not in misfits and key not in incompatible.missing_keys]
         logger.info("Loaded %d of the file's %d tensors:\n%s", len(loaded), len(in_file), _by_module(loaded))
         if resampled:
@@ -111,10 +107,36 @@ class SafeCheckpointer(DetectionCheckpointer):
             logger.info(
                 "Not in the file, left at their initialisation: %d tensors\n%s", len(absent), _by_module(absent)
             )
+        if starting := [name for name in _operators(self.model) if any(key.startswith(f"{name}.") for key in absent)]:
+            inits = sorted({_operators(self.model)[name].config.init for name in starting})
+            logger.info(
+                "Softmax weights: %d KArAt operators start by MODEL.KARAT.INIT %s: %s",
+                len(starting),
+                ", ".join(inits),
+                ", ".join(starting),
+            )
+        if ignored:
+            reasons = defaultdict(list)
+            for key, reason in ignored.items():
+                reasons[reason].append(key)
+            rows = "\n".join(f"  {reason}: {', '.join(keys)}" for reason, keys in reasons.items())
+            logger.info("Ignored: %d of the file's tensors\n%s", len(ignored), rows)
+        counts = {
+            "loaded": len(loaded),
+            "of these resampled": len(resampled),
+            "left at initialisation": len(absent),
+            "ignored": len(ignored),
+            "not fitting": len(misfits) + len(incompatible.unexpected_keys),
+        }
+        logger.info("Weights of %s:\n%s", source or "a model with these names", tabulate(counts.items()))
 
         complaints = []
         if not loaded:
-            complaints.append("No tensor of the file has a name and shape of the model's.")
+            names = list(dict.fromkeys(key.partition(".")[0] for key in in_file))
+            complaints.append(
+                f"No tensor of the file has a name and shape of the model's. Its names begin with "
+                f"{', '.join(names[:8])}." + ("" if source else f" Known layouts: {LAYOUTS}.")
+            )
         if self.complete and absent:
             complaints.append(f"The file lacks {len(absent)} tensors of the model:\n{_by_module(absent)}")
         unfit = []
@@ -148,7 +170,7 @@ def load_weights(model: nn.Module, path: str, *, strict: bool = True, complete: 
 
     Args:
         model: the model.
-        path: a file of `torch.save`.
+        path: see `karat_det.checkpoint.files.read_weights`.
         strict, complete: as for SafeCheckpointer.
 
     Raises:
@@ -165,6 +187,10 @@ def check_weights_file(path: str, key: str = "MODEL.WEIGHTS") -> None:
         raise FileNotFoundError(f"{key} names no weights file, and this needs one.")
     if not urlparse(path).scheme and not os.path.isfile(path):
         raise FileNotFoundError(f"{key} is {path!r}, but there is no such file ({os.path.abspath(path)}). Name one.")
+
+
+def _operators(model: nn.Module) -> dict[str, KArAtOperator]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, KArAtOperator)}
 
 
 def _by_module(keys: Iterable[str]) -> str:

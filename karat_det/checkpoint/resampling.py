@@ -66,8 +66,9 @@ def resample_state(
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Brings what belongs to tokens in a state dict to the grids of a model, in place. The rest it leaves alone.
 
-    These are operators, decomposed relative positions and absolute position embeddings. A tensor that fits the model
-    in nothing but its tokens is resampled; one that differs in heads, rank or grid size too is left as it is.
+    These are operators, relative positions, decomposed or in Swin's tables, and absolute position embeddings. A tensor
+    that fits the model in nothing but its tokens is resampled; one that differs in heads, rank or grid size too is left
+    as it is.
 
     Args:
         state: of another model of the same kind.
@@ -203,6 +204,13 @@ def _resample_positions(state: MutableMapping[str, Tensor], model: nn.Module) ->
         if key.endswith(("rel_pos_h", "rel_pos_w")) and state[key].shape[1:] == tensor.shape[1:]:
             resampled[key] = f"{len(state[key])} to {len(tensor)}"
             state[key] = F.interpolate(_exact(state[key]).T[None], size=len(tensor), mode="linear")[0].T
+        elif key.endswith("relative_position_bias_table") and state[key].shape[1:] == tensor.shape[1:]:
+            # (2 M − 1)² offsets within windows of M × M tokens
+            source, target = (TokenGrid.of_square(len(each)) for each in (state[key], tensor))
+            if source is None or target is None or source.class_tokens or target.class_tokens:
+                continue
+            resampled[key] = f"{source} to {target}"
+            state[key] = resample_tokens(state[key], 0, source, target)
         elif key.endswith("pos_embed") and state[key].ndim == 3 and state[key].shape[::2] == tensor.shape[::2]:
             source, target = (TokenGrid.of_square(each.shape[1]) for each in (state[key], tensor))
             if source is None or target is None:

@@ -18,15 +18,19 @@ def save(path, state):
     return str(path)
 
 
-@pytest.mark.parametrize("layout", ["bare", "model", "ddp"])
-def test_loads_a_state_dict_bare_under_model_or_of_ddp(tmp_path, layout, caplog):
+@pytest.mark.parametrize("layout", ["bare", "model", "ddp", "state_dict", "model_state", "averaged"])
+def test_loads_a_state_dict_bare_in_a_container_or_of_ddp(tmp_path, layout, caplog):
     source, target = make_model(), make_model()
     nn.init.normal_(source[0].weight)
     state = source.state_dict()
     if layout == "ddp":
         state = {f"module.{key}": value for key, value in state.items()}
+    if layout == "averaged":
+        content = {"model_ema": state, "model": make_model().state_dict()}
+    else:
+        content = state if layout == "bare" else {"model" if layout == "ddp" else layout: state}
     with caplog.at_level(logging.INFO):
-        load_weights(target, save(tmp_path / "w.pth", state if layout == "bare" else {"model": state}))
+        load_weights(target, save(tmp_path / "w.pth", content))
     assert torch.equal(target[0].weight, source[0].weight)
     assert "Loaded 4 of the file's 4 tensors:\n  0.{weight, bias}\n  1.{weight, bias}" in caplog.text
 
@@ -92,7 +96,7 @@ def test_foreign_files_are_named_and_run_no_code(tmp_path, monkeypatch, content)
     if content == "code":
         torch.save({"model": Malicious()}, path)
     elif content in ("list", "nested"):
-        torch.save([torch.zeros(1)] if content == "list" else {"state_dict": make_model().state_dict()}, path)
+        torch.save([torch.zeros(1)] if content == "list" else {"optimizer": make_model().state_dict()}, path)
     else:
         torch.save(make_model().state_dict(), path)
         whole = path.read_bytes()

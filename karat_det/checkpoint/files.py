@@ -1,0 +1,185 @@
+"""Weights files, read without running code from them: torch.save's, safetensors and Detectron2's .pkl.
+
+torch reads its own with its weights-only loader. A .pkl goes through an unpickler that builds arrays and plain
+containers itself, and refuses by name everything else that a pickle may ask for.
+"""
+
+import argparse
+import json
+import os
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+# Where a state dict lies in a file. Averaged weights, which the classifiers of timm and DeiT are evaluated with, first.
+AVERAGED = ("model_ema", "state_dict_ema")
+CONTAINERS = ("model", "state_dict", "model_state")
+WRITTEN = (".pth", ".pt", ".bin", ".safetensors")
+
+
+def read_weights(path: str, *, averaged: bool = True) -> dict[str, Any]:
+    """Reads a weights file; its suffix says which kind it is: .safetensors, .pkl, or else one of torch.save.
+
+    Args:
+        path: the file.
+        averaged: whether averaged weights are preferred where the file has both.
+
+    Returns:
+        The state dict under "model", and what else the file holds, such as the state of an optimiser, under its names.
+
+    Raises:
+        ValueError: it is truncated, of another format, asks for code to be run, or holds no state dict.
+    """
+    try:
+        if path.endswith(".safetensors"):
+            loaded = _read_safetensors(path)
+        elif path.endswith(".pkl"):
+            with open(path, "rb") as file:
+                # Arrays that Python 2 has written are text in Python 3, unless it is latin1.
+                loaded = _as_tensors(_ArrayUnpickler(file, encoding="latin1").load())
+        else:
+            # Training checkpoints of timm and DeiT hold their arguments in a namespace, which is plain values too.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # what a foreign file raises depends on its bytes
+        raise ValueError(
+            f"{path} is no weights file that can be read without running code from it: it is truncated, of "
+            f"another format, or holds more than tensors and plain values. Save a state dict with torch.save or "
+            f"safetensors. ({error})"
+        ) from error
+    containers = AVERAGED * averaged + CONTAINERS
+    place = next((key for key in containers if isinstance(loaded, dict) and isinstance(loaded.get(key), dict)), None)
+    state = loaded if place is None else loaded[place]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        held = f"a dict of {', '.join(map(str, list(state)[:5]))}" if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"{path} holds no state dict, neither bare nor under {', '.join(containers)}, but {held}.")
+    if place is None:
+        return {"model": state}
+    return {key: value for key, value in loaded.items() if key != place} | {"model": state}
+
+
+def write_weights(path: str, state: Mapping[str, Tensor], token_grids: Mapping[str, Sequence[int]]) -> None:
+    """Writes a weights file of the kind that the suffix names. The old one stands until the new one is whole.
+
+    Args:
+        path: ends in one of WRITTEN.
+        state: a state dict.
+        token_grids: see `karat_det.checkpoint.resampling.token_grids`.
+
+    Raises:
+        ValueError: the suffix is another one.
+        FileNotFoundError: there is no such folder.
+    """
+    if not path.endswith(WRITTEN):
+        raise ValueError(f"{path} must end in one of {', '.join(WRITTEN)}.")
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        raise FileNotFoundError(f"{path}: there is no folder {os.path.dirname(path)}. Make it first.")
+    partial = f"{path}.partial"
+    try:
+        if path.endswith(".safetensors"):
+            # It refuses tensors that share memory.
+            tensors = {key: tensor.clone().contiguous() for key, tensor in state.items()}
+            grids = json.dumps({name: list(grid) for name, grid in token_grids.items()})
+            safetensors.torch.save_file(tensors, partial, metadata={"format": "pt", "token_grids": grids})
+        else:
+            torch.save({"model": dict(state), "token_grids": dict(token_grids)}, partial)
+        os.replace(partial, path)
+    finally:
+        if os.path.exists(partial):
+            os.remove(partial)
+
+
+def _read_safetensors(path: str) -> dict[str, Any]:
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it is no dict
+    return {"model": state, "token_grids": json.loads(metadata.get("token_grids", "{}"))}
+
+
+class _Dtype:
+    """What a pickle says of a numpy dtype: plain numbers only. numpy's own would trust the file with memory."""
+
+    def __init__(self, name: str, align: bool = False, copy: bool = False):
+        self.value = np.dtype(name) if isinstance(name, str) else None
+        if self.value is None or self.value.kind not in "biufc":
+            raise pickle.UnpicklingError(f"it holds an array of {name!r}, not of numbers")
+
+    def __setstate__(self, state: tuple) -> None:
+        if state[1] in ("<", ">"):
+            self.value = self.value.newbyteorder(state[1])
+
+
+class _Array:
+    """What a pickle says of a numpy array."""
+
+    def __init__(self, *of_an_empty_one: Any):
+        self.tensor = None
+
+    @classmethod
+    def from_buffer(cls, data: bytes, dtype: _Dtype, shape: Sequence[int], order: str) -> "_Array":
+        array = cls()
+        array._fill(data, dtype, shape, order)
+        return array
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, dtype, is_fortran, data = state
+        self._fill(data.encode("latin1") if isinstance(data, str) else data, dtype, shape, "F" if is_fortran else "C")
+
+    def _fill(self, data: bytes, dtype: _Dtype, shape: Sequence[int], order: str) -> None:
+        values = np.frombuffer(data, dtype.value).reshape(shape, order=order)
+        # A copy, since torch wants to write, in this machine's order of bytes.
+        self.tensor = torch.from_numpy(np.array(values, dtype=dtype.value.newbyteorder("="), order="C"))
+
+
+def _scalar(dtype: _Dtype, data: bytes | str) -> Any:
+    return np.frombuffer(data.encode("latin1") if isinstance(data, str) else data, dtype.value)[0].item()
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """How Python 3 pickles bytes for Python 2."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it asks for the codec {encoding!r}")
+    return text.encode("latin1")
+
+
+# Stands for numpy's class where a pickle names it as the type of an array; it is never called.
+_NDARRAY = "numpy.ndarray"
+_ADMITTED: dict[tuple[str, str], Callable | str] = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("_codecs", "encode"): _encode,
+    ("numpy", "ndarray"): _NDARRAY,
+    ("numpy", "dtype"): _Dtype,
+    **{
+        (f"numpy.{core}.{module}", name): builder
+        for core in ("core", "_core")
+        for module, name, builder in (
+            ("multiarray", "_reconstruct", _Array),
+            ("multiarray", "scalar", _scalar),
+            ("numeric", "_frombuffer", _Array.from_buffer),
+        )
+    },
+}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Admits arrays of numbers and plain containers."""
+
+    def find_class(self, module: str, name: str) -> Callable | str:
+        if (module, name) not in _ADMITTED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused")
+        return _ADMITTED[module, name]
+
+
+def _as_tensors(value: Any) -> Any:
+    if isinstance(value, _Array):
+        return value.tensor
+    return {key: _as_tensors(item) for key, item in value.items()} if isinstance(value, dict) else value

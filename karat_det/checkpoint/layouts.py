@@ -1,0 +1,178 @@
+"""The layouts that weights come in, and how each is brought to the names of a model.
+
+A ViT has the same names within its blocks everywhere; what differs is what stands before them, whether query, key and
+value are one matrix, and what else the file has: a class token, a classifier, the decoder of masked pretraining. timm's
+Swin merges patches at the start of a stage, the original one and Detectron2's at the end of the stage before. A KArAt
+classifier has timm's names and those of its operators; they stay with their blocks.
+"""
+
+import math
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LAYOUTS = (
+    "timm's ViT, DeiT, ConViT and Swin, the original Swin, MAE, and Detectron2's detectors with a ViT or Swin backbone"
+)
+
+# Of a model within another one.
+_WRAPPERS = ("module.", "_orig_mod.", "model.")
+_PATCHES = "patch_embed.proj.weight"
+# Left out where the model has no such key: why, and what a key of the kind looks like.
+_IGNORABLE = {
+    "class tokens, which the model does not have": r"cls_token|dist_token",
+    "the classifier's head": r"(head|head_dist|fc_norm|pre_logits)\..+",
+    "the classifier's last norm": r"norm\.(weight|bias)",
+    "of masked pretraining": r"mask_token|decoder[_.].+",
+    "ConViT's attention to positions": r"blocks\.\d+\.attn\.(gating_param|pos_proj\..+)",
+}
+# Left out always.
+_CONSTANT = re.compile(r".+\.(relative_position_index|attn_mask)")
+_SPLIT = re.compile(r"(?P<attention>.*\battn\.)(?P<part>qk|q|k|v)(_proj)?\.(?P<leaf>weight|bias)")
+
+
+class _Host(NamedTuple):
+    """A transformer: a key that every one has, and what stands before its keys in a detector."""
+
+    name: str
+    block: str
+    in_detector: str
+
+
+_HOSTS = (
+    _Host("ViT", "blocks.0.norm1.weight", "backbone.net."),
+    _Host("Swin", "layers.0.blocks.0.norm1.weight", "backbone.bottom_up."),
+)
+
+
+class Conversion(NamedTuple):
+    """A state dict in the names of a model.
+
+    Attributes:
+        state: the state dict.
+        token_grids: those of its operators.
+        source: what the file holds, in words; "" if that is none of the known layouts.
+        ignored: keys of the file that are left out, and why.
+    """
+
+    state: dict[str, Tensor]
+    token_grids: dict[str, Sequence[int]]
+    source: str
+    ignored: dict[str, str]
+
+
+def convert_state(
+    state: Mapping[str, Tensor], token_grids: Mapping[str, Sequence[int]], expected: Collection[str] | None = None
+) -> Conversion:
+    """Brings a state dict to the names of a model. What it does not know keeps its name.
+
+    Args:
+        state: of any of the LAYOUTS.
+        token_grids: of its operators, by their names there; {} where they are not known.
+        expected: keys of the model that is to load it; None for a detector of the same kind.
+
+    Raises:
+        ValueError: the file has a ViT and the model a Swin, or the other way round.
+    """
+    state = _unwrap(state, expected or ())
+    host, source = _find_host(state)
+    wanted, target = _find_host(expected) if expected is not None else (host, host.in_detector if host else "")
+    if host is None or wanted is None:
+        return Conversion(state, dict(token_grids), "", {})
+    if host != wanted:
+        raise ValueError(
+            f"The file holds the weights of a {host.name}, and the model is a {wanted.name}. Name a file that is for a "
+            f"{wanted.name}, or the config of a {host.name}."
+        )
+    merges_later = _merges_at_start(expected, target) if expected is not None else False
+    stage_shift = merges_later - _merges_at_start(state, source)
+    converted, ignored = {}, {}
+    for key, tensor in state.items():
+        inside = key.startswith(source)
+        name = key.removeprefix(source)
+        new_key = target + _shift_merging(name, stage_shift) if inside else key
+        if reason := _reason_to_ignore(name, new_key, expected or ()):
+            ignored[key] = reason
+        else:
+            converted[new_key] = tensor
+    _adapt_positions(converted, target, has_distillation=f"{source}dist_token" in ignored)
+    _fuse_query_key_value(converted, expected or ())
+    grids = {target + name.removeprefix(source): grid for name, grid in token_grids.items()}
+    return Conversion(converted, grids, _describe(host, state, source), ignored)
+
+
+def _unwrap(state: Mapping[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
+    """Takes away what wraps a whole model, unless it wraps the other one too."""
+    state = dict(state)
+    while state:
+        prefix = next((prefix for prefix in _WRAPPERS if all(key.startswith(prefix) for key in state)), None)
+        if prefix is None or any(key.startswith(prefix) for key in expected):
+            break
+        state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+    return state
+
+
+def _find_host(keys: Collection[str]) -> tuple[_Host | None, str]:
+    """Which transformer is among the keys, and what stands before its own."""
+    for host in _HOSTS:
+        for key in keys:
+            prefix = key.removesuffix(host.block)
+            if key.endswith(host.block) and prefix + _PATCHES in keys:
+                return host, prefix
+    return None, ""
+
+
+def _describe(host: _Host, state: Mapping[str, Tensor], source: str) -> str:
+    if source == host.in_detector:
+        return f"a detector with a {host.name} backbone"
+    if host.name == "Swin":
+        return "timm's Swin" if _merges_at_start(state, source) else "the original Swin"
+    kinds = {
+        "ConViT": f"{source}blocks.0.attn.gating_param",
+        "a distilled DeiT": f"{source}dist_token",
+    }
+    return next((kind for kind, key in kinds.items() if key in state), "a ViT of timm, DeiT or MAE")
+
+
+def _merges_at_start(keys: Collection[str], prefix: str) -> bool:
+    return f"{prefix}layers.0.downsample.reduction.weight" not in keys
+
+
+def _shift_merging(name: str, stages: int) -> str:
+    return re.sub(r"(?<=^layers\.)\d+(?=\.downsample\.)", lambda stage: str(int(stage[0]) + stages), name)
+
+
+def _reason_to_ignore(name: str, new_key: str, expected: Collection[str]) -> str | None:
+    if _CONSTANT.fullmatch(name):
+        return "a constant that the model computes"
+    if new_key in expected:
+        return None
+    return next((reason for reason, pattern in _IGNORABLE.items() if re.fullmatch(pattern, name)), None)
+
+
+def _adapt_positions(state: dict[str, Tensor], target: str, has_distillation: bool) -> None:
+    key = f"{target}pos_embed"
+    if has_distillation and key in state:
+        # Class token, distillation token, patches.
+        state[key] = torch.cat([state[key][:, :1], state[key][:, 2:]], dim=1)
+    key = f"{target}absolute_pos_embed"
+    if key in state and state[key].ndim == 3:
+        # (1, N, C) in the original Swin, (1, C, H, W) in Detectron2's.
+        side = math.isqrt(state[key].shape[1])
+        if side**2 == state[key].shape[1]:
+            state[key] = state[key].mT.unflatten(2, (side, side))
+
+
+def _fuse_query_key_value(state: dict[str, Tensor], expected: Collection[str]) -> None:
+    """Makes qkv of q, k and v, or of ConViT's qk and v, where all are there and the model has them as one."""
+    parts: dict[str, dict[str, str]] = {}
+    for key in state:
+        if (match := _SPLIT.fullmatch(key)) and key not in expected:
+            parts.setdefault(f"{match['attention']}qkv.{match['leaf']}", {})[match["part"]] = key
+    for fused, keys in parts.items():
+        names = next((names for names in (("q", "k", "v"), ("qk", "v")) if set(names) == set(keys)), None)
+        if names and len({state[keys[name]].shape[1:] for name in names}) == 1:
+            state[fused] = torch.cat([state.pop(keys[name]) for name in names])

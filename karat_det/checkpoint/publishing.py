@@ -1,0 +1,134 @@
+"""Weights out: a file in the names of our detectors, and a model card that says how the weights came about."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tabulate import tabulate
+
+from .files import read_weights, write_weights
+from .layouts import LAYOUTS, convert_state
+from .loading import check_weights_file
+
+logger = logging.getLogger(__name__)
+
+# Names of measures among those that a run writes to metrics.json.
+_MEASURE = re.compile(r"(.*/)?(AP(50|75|s|m|l)?|top-?[15])")
+
+
+def convert_file(source: str, target: str) -> dict[str, Any]:
+    """Writes the weights of a file, in any of the known layouts, under the names of our detectors.
+
+    Sizes stay as they are: tensors are resampled where they are loaded, to the tokens of the model at hand.
+
+    Args:
+        source: see `karat_det.checkpoint.files.read_weights`.
+        target: see `karat_det.checkpoint.files.write_weights`.
+
+    Returns:
+        What else the file holds, as `read_weights` returns it.
+
+    Raises:
+        FileNotFoundError: there is no such file, or no folder for the target.
+        ValueError: the file cannot be read, its layout is unknown, or the target's suffix is.
+    """
+    check_weights_file(source, "IN")
+    checkpoint = read_weights(source)
+    in_file = checkpoint.pop("model")
+    conversion = convert_state(in_file, checkpoint.pop("token_grids", {}))
+    if not conversion.source:
+        names = list(dict.fromkeys(key.partition(".")[0] for key in in_file))
+        raise ValueError(
+            f"{source} is of no known layout. Its names begin with {', '.join(names[:8])}. Known: {LAYOUTS}."
+        )
+    write_weights(target, conversion.state, conversion.token_grids)
+    rows = [(key, reason) for key, reason in conversion.ignored.items()]
+    logger.info("%s holds the weights of %s.", source, conversion.source)
+    logger.info("Ignored: %d of its %d tensors\n%s", len(rows), len(in_file), tabulate(rows))
+    logger.info("Written: %d tensors to %s", len(conversion.state), target)
+    return checkpoint
+
+
+def write_card(weights: str, run: str, checkpoint: dict[str, Any], *, commit: str = "", notes: str = "") -> str:
+    """Writes a model card, in Markdown, beside a weights file.
+
+    Args:
+        weights: the file.
+        run: OUTPUT_DIR of the run that the weights are from, with config.yaml and metrics.json.
+        checkpoint: what the run's checkpoint holds besides weights. The figures are those of its iteration if it has
+            one that was evaluated, else the run's last.
+        commit: of the code that trained them; "" is that of this working copy.
+        notes: text for whoever uses the weights.
+
+    Returns:
+        Path of the card.
+
+    Raises:
+        FileNotFoundError: the run has no config.yaml or metrics.json.
+        ValueError: they cannot be read, or hold no evaluation.
+    """
+    config_file, metrics_file = (Path(run) / name for name in ("config.yaml", "metrics.json"))
+    for path in (config_file, metrics_file):
+        if not path.is_file():
+            raise FileNotFoundError(f"--publish {run}: there is no {path}. Name the OUTPUT_DIR of a run.")
+    config = config_file.read_text(encoding="utf-8")
+    try:
+        datasets = yaml.safe_load(config)["DATASETS"]
+        data = {"trained on": ", ".join(datasets["TRAIN"]), "evaluated on": ", ".join(datasets["TEST"])}
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise ValueError(f"{config_file} is no config of a run: it says nothing of DATASETS ({error!r}).") from error
+    iteration, figures = _figures(metrics_file, checkpoint)
+    about = {
+        "file": f"`{os.path.basename(weights)}`",
+        "SHA-256": hashlib.sha256(Path(weights).read_bytes()).hexdigest(),
+        **data,
+        "iterations": iteration + 1,
+        "commit": commit or _commit(),
+    }
+    card = Path(weights).with_suffix(".md")
+    text = [
+        f"# {card.stem}",
+        *([notes] if notes else []),
+        tabulate(about.items(), ("", ""), tablefmt="github", disable_numparse=True),
+        "## Figures",
+        tabulate(figures.items(), ("measure", "value"), tablefmt="github", floatfmt=".2f"),
+        "## Config",
+        "Saved as YAML, it loads the weights with `--config-file` and `MODEL.WEIGHTS`.",
+        f"```yaml\n{config.strip()}\n```",
+    ]
+    card.write_text("\n\n".join(text) + "\n", encoding="utf-8")
+    return str(card)
+
+
+def _figures(metrics_file: Path, checkpoint: dict[str, Any]) -> tuple[int, dict[str, float]]:
+    """Iteration and measures of the evaluation that belongs to a checkpoint."""
+    evaluations = {}
+    for line in metrics_file.read_text(encoding="utf-8").splitlines():
+        # A run that was killed may leave half a line.
+        with contextlib.suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            if measures := {key: value for key, value in record.items() if _MEASURE.fullmatch(key)}:
+                evaluations[record["iteration"]] = measures
+    if not evaluations:
+        raise ValueError(f"{metrics_file} holds no evaluation: evaluate the run before publishing it.")
+    iteration = checkpoint.get("iteration", checkpoint.get("trainer", {}).get("iteration"))
+    if iteration not in evaluations:
+        last = max(evaluations)
+        logger.warning("No evaluation of iteration %s in %s: the card has that of %d.", iteration, metrics_file, last)
+        iteration = last
+    return iteration, evaluations[iteration]
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
