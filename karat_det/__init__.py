@@ -9,6 +9,7 @@ import warnings
 # Detectron2 calls what torch and timm have since renamed. Its users can do nothing about these warnings.
 warnings.filterwarnings("ignore", message="`torch.jit.script", category=FutureWarning)
 warnings.filterwarnings("ignore", message="Importing from timm.models.layers", category=FutureWarning)
+warnings.filterwarnings("ignore", message=".*broadcast_buffers.* is deprecated", category=FutureWarning)
 warnings.filterwarnings("ignore", message="torch.meshgrid: in an upcoming release", category=UserWarning)
 logging.getLogger("torch.fx._symbolic_trace").addFilter(lambda record: "is_fx_tracing" not in record.getMessage())
 # On a machine with a CUDA compiler and no GPU; Detectron2's table of the environment says it better.
