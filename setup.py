@@ -16,6 +16,7 @@ setup(
     name="karat_det",
     version="0.1.0",
     description="Kolmogorov-Arnold attention (KArAt) in Detectron2's detectors",
+    license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["karat_det", "karat_det.*"]),
     # Detectron2 is left out: people bring their own, or take the one that tools/install_detectron2.py installs.

@@ -14,7 +14,7 @@ from detectron2.utils.logger import setup_logger
 
 from karat_det.checkpoint.loading import SafeCheckpointer, check_weights_file
 from karat_det.data.registration import load_checked_test_dicts
-from karat_det.engine.setup import check_output_dir, load_cfg, run_distributed
+from karat_det.engine.setup import check_model_and_datasets, check_output_dir, load_cfg, run_distributed
 from karat_det.engine.trainer import Trainer
 
 
@@ -27,16 +27,21 @@ def main(args):
             check_weights_file(cfg.MODEL.WEIGHTS)
         if not args.eval_only and not args.resume:
             check_output_dir(cfg.OUTPUT_DIR)
+        if args.eval_only and not cfg.DATASETS.TEST:
+            raise ValueError("DATASETS.TEST is empty; --eval-only needs at least one dataset to evaluate on.")
+        check_model_and_datasets(cfg, training=not args.eval_only)
         comm.synchronize()
         default_setup(cfg, args)
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="karat_det")
         if cfg.MODEL.DEVICE == "cpu" and args.num_gpus > 0:
-            logging.getLogger("karat_det").info(
-                "No GPU is used: MODEL.DEVICE is cpu, SOLVER.AMP.ENABLED %s.", cfg.SOLVER.AMP.ENABLED
+            # One GPU is the default of --num-gpus, more were asked for.
+            logging.getLogger("karat_det").log(
+                logging.WARNING if args.num_gpus > 1 else logging.INFO,
+                "--num-gpus is %d, but no GPU is used: MODEL.DEVICE is cpu, SOLVER.AMP.ENABLED %s.",
+                args.num_gpus,
+                cfg.SOLVER.AMP.ENABLED,
             )
         if args.eval_only:
-            if not cfg.DATASETS.TEST:
-                raise ValueError("DATASETS.TEST is empty; --eval-only needs at least one dataset to evaluate on.")
             model = Trainer.build_model(cfg)
             load_checked_test_dicts(cfg)
             checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR, strict=cfg.MODEL.WEIGHTS_STRICT, complete=True)

@@ -264,7 +264,10 @@ def _backbone_alone(folder: Path) -> Path:
     path = folder / "backbone.pth"
     if not path.is_file():
         model = torch.load(folder / "model_final.pth", map_location="cpu", weights_only=True)["model"]
-        torch.save({"model": {key: value for key, value in model.items() if key.startswith("backbone.net.")}}, path)
+        backbone = {key: value for key, value in model.items() if key.startswith("backbone.net.")}
+        partial = path.with_suffix(".partial")
+        torch.save({"model": backbone}, partial)
+        partial.replace(path)
     return path
 
 

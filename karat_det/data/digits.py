@@ -46,11 +46,13 @@ _SEED = 2024
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 
+DIGITS_NAMES = tuple(f"digits_{split}" for split in NUM_SCENES)
+
+
 def register_digits() -> None:
     """Registers `digits_train` and `digits_val` with Detectron2; a second call changes nothing."""
     root = Path(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")))
-    for split in NUM_SCENES:
-        name = f"digits_{split}"
+    for split, name in zip(NUM_SCENES, DIGITS_NAMES, strict=True):
         if name in DatasetCatalog:
             continue
         json_file, image_root = _split_paths(root / "digits", split)

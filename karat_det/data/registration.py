@@ -18,6 +18,7 @@ from detectron2.data.build import filter_images_with_only_crowd_annotations, pri
 from detectron2.data.datasets import register_coco_instances
 from PIL import Image
 
+from .digits import DIGITS_NAMES
 from .mapper import unreadable_image_named
 
 Record = dict[str, Any]
@@ -97,6 +98,37 @@ def _read_class_names(json_file: str, key: str) -> list[str]:
     return class_names
 
 
+def check_datasets(cfg: CfgNode, training: bool) -> None:
+    """Checks of the datasets of a run what can be seen without reading them, which takes half a minute for COCO.
+
+    Args:
+        cfg: config whose KARAT_DATA datasets are registered already.
+        training: whether DATASETS.TRAIN is used.
+
+    Raises:
+        ValueError: DATASETS.TRAIN is empty; a name is unknown; a dataset's classes are not as many as
+            MODEL.ROI_HEADS.NUM_CLASSES.
+        FileNotFoundError: a JSON or an image folder does not exist.
+    """
+    if training and not cfg.DATASETS.TRAIN:
+        raise ValueError("DATASETS.TRAIN is empty; name at least one dataset to train on.")
+    for key, names in (
+        ("DATASETS.TRAIN", cfg.DATASETS.TRAIN if training else ()),
+        ("DATASETS.TEST", cfg.DATASETS.TEST),
+    ):
+        for name in names:
+            if name not in DatasetCatalog:
+                raise ValueError(_unknown(cfg, key, name))
+            metadata = MetadataCatalog.get(name)
+            # The embedded dataset has no files until it is first asked for, and Detectron2's own may be remote.
+            paths = () if name in DIGITS_NAMES else (metadata.get("json_file"), metadata.get("image_root"))
+            for path in filter(None, paths):
+                if "://" not in path and not os.path.exists(path):
+                    raise FileNotFoundError(_not_there(cfg, key, name, path))
+            if metadata.get("thing_classes") is not None:
+                _check_number_of_classes(cfg, key, name)
+
+
 def load_checked_dicts(cfg: CfgNode) -> list[Record]:
     """Loads and checks the datasets of DATASETS.TRAIN, and checks those of DATASETS.TEST.
 
@@ -117,9 +149,8 @@ def load_checked_dicts(cfg: CfgNode) -> list[Record]:
         OSError: a file is no image (looked for in datasets of up to MAX_IMAGES_OPENED images), or the embedded
             dataset cannot be written.
     """
+    check_datasets(cfg, training=True)
     names = cfg.DATASETS.TRAIN
-    if not names:
-        raise ValueError("DATASETS.TRAIN is empty; name at least one dataset to train on.")
     records: list[Record] = []
     for name in names:
         loaded = _load(cfg, "DATASETS.TRAIN", name)
@@ -152,6 +183,7 @@ def load_checked_test_dicts(cfg: CfgNode) -> list[Record]:
     Raises:
         ValueError, FileNotFoundError, OSError: as `load_checked_dicts`.
     """
+    check_datasets(cfg, training=False)
     records: list[Record] = []
     for name in cfg.DATASETS.TEST:
         loaded = _load(cfg, "DATASETS.TEST", name)
@@ -162,18 +194,13 @@ def load_checked_test_dicts(cfg: CfgNode) -> list[Record]:
 
 
 def _load(cfg: CfgNode, key: str, name: str) -> list[Record]:
-    if name not in DatasetCatalog:
-        raise ValueError(_unknown(cfg, key, name))
     metadata = MetadataCatalog.get(name)
     try:
         records = DatasetCatalog.get(name)
     except FileNotFoundError as error:
         if error.filename is None:
             raise
-        raise FileNotFoundError(
-            f"{key} names the dataset {name!r}, but {os.path.abspath(error.filename)} does not exist. "
-            + _root_hint(cfg, name)
-        ) from error
+        raise FileNotFoundError(_not_there(cfg, key, name, error.filename)) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{_source(name)} is not a JSON file: {error}. Write or download it anew.") from error
     except AssertionError as error:
@@ -188,20 +215,28 @@ def _load(cfg: CfgNode, key: str, name: str) -> list[Record]:
 
     if not records:
         raise ValueError(f"{_source(name)} lists no images; {key} needs datasets that hold some.")
-    classes = metadata.get("thing_classes")
-    num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    if classes is None:
+    if metadata.get("thing_classes") is None:
         raise ValueError(f"{key} names {name!r}, which has no object classes; choose a detection dataset.")
+    _check_number_of_classes(cfg, key, name)
+    _check_images_exist(cfg, key, name, records)
+    if len(records) <= MAX_IMAGES_OPENED:
+        _check_images_open(records)
+    return records
+
+
+def _check_number_of_classes(cfg: CfgNode, key: str, name: str) -> None:
+    classes = MetadataCatalog.get(name).thing_classes
+    num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
     if len(classes) != num_classes:
         raise ValueError(
             f"{_source(name)} has {len(classes)} categories ({_shortened(classes)}), but "
             f"MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}. Set MODEL.ROI_HEADS.NUM_CLASSES to {len(classes)}, "
             f"or choose another dataset in {key}."
         )
-    _check_images_exist(cfg, key, name, records)
-    if len(records) <= MAX_IMAGES_OPENED:
-        _check_images_open(records)
-    return records
+
+
+def _not_there(cfg: CfgNode, key: str, name: str, path: str) -> str:
+    return f"{key} names the dataset {name!r}, but {os.path.abspath(path)} does not exist. {_root_hint(cfg, name)}"
 
 
 def _unknown(cfg: CfgNode, key: str, name: str) -> str:

@@ -11,11 +11,12 @@ import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import launch
+from detectron2.modeling import build_model
 from detectron2.utils import comm
 
 from ..config import add_karat_config
 from ..data.mapper import build_augmentation
-from ..data.registration import register_from_config
+from ..data.registration import check_datasets, register_from_config
 from .optimizer import FULL_MODEL
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,23 @@ def load_cfg(config_file: str, opts: list[str], own_data_needed: bool = True) ->
         logger.warning("Going on without the datasets of KARAT_DATA: %s", error)
     cfg.freeze()
     return cfg
+
+
+def check_model_and_datasets(cfg: CfgNode, training: bool) -> None:
+    """Checks, in seconds and before there is a log, what building the model and looking for the datasets shows.
+
+    Args:
+        cfg: a config of `load_cfg`.
+        training: whether the run trains; else it evaluates alone.
+
+    Raises:
+        ValueError, FileNotFoundError: sizes of the model do not fit each other, or see `check_datasets`.
+    """
+    check_datasets(cfg, training)
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "cpu"
+    build_model(cfg)
 
 
 def check_output_dir(output_dir: str) -> None:
@@ -178,5 +196,5 @@ def _keys(cfg: CfgNode, prefix: str = ""):
 
 
 def _unknown(key: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=3, cutoff=0.8)
-    return f"There is no key {key}." + (f" Did you mean {' or '.join(near)}?" if near else "")
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+    return f"There is no key {key}." + (f" Did you mean {near[0]}?" if near else "")

@@ -271,6 +271,8 @@ def test_mistakes_end_in_one_line_before_anything_is_trained(own, tmp_path, brea
     error = error_of(*SMALL_MODEL, *own.overrides(), *overrides, "OUTPUT_DIR", str(tmp_path / "out"))
     assert error.startswith("error: ") and message in error
     assert not list((tmp_path / "out").glob("*.pth"))
+    # Without reading the data there is not even a log in which the message would be the last of a thousand lines.
+    assert (tmp_path / "out").exists() == bool(break_it and not overrides)
 
 
 @pytest.mark.parametrize(
@@ -288,6 +290,19 @@ def test_mistakes_of_eval_only_end_in_one_line_before_anything_is_measured(own, 
     weights = ["MODEL.WEIGHTS", str(tmp_path / "weights.pth"), "OUTPUT_DIR", str(tmp_path / "out")]
     error = error_of("--eval-only", *SMALL_MODEL, *own.overrides(), *weights, *overrides)
     assert error.startswith("error: ") and message in error
+
+
+def test_built_in_data_that_is_not_there_is_missed_before_there_is_a_log(tmp_path):
+    coco = ["DATASETS.TRAIN", "('coco_2014_minival',)", "MODEL.ROI_HEADS.NUM_CLASSES", "80"]
+    error = error_of(*SMALL_MODEL, *coco, "OUTPUT_DIR", str(tmp_path / "out"))
+    assert "DATASETS.TRAIN names the dataset 'coco_2014_minival'" in error and "DETECTRON2_DATASETS" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_several_gpus_asked_for_where_there_is_none_is_a_warning(train, tmp_path):
+    train("--num-gpus", "8", overrides=[*SMALL_MODEL, "SOLVER.MAX_ITER", "1", "DATASETS.TEST", "()"])
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "WARNING: --num-gpus is 8, but no GPU is used: MODEL.DEVICE is cpu" in log
 
 
 def test_a_mistake_prints_no_stack_trace(train):
