@@ -8,7 +8,7 @@ from detectron2.modeling import build_model
 from detectron2.modeling.roi_heads import FastRCNNConvFCHead
 
 from karat_det.attention import KArAtAttention
-from karat_det.backbones.swin import KArAtWindowAttention
+from karat_det.attention.window import KArAtWindowAttention
 from karat_det.config import add_karat_config
 from karat_det.engine.setup import check_output_dir, load_cfg, run_distributed
 
