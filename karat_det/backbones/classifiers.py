@@ -7,6 +7,7 @@ Swin attend to windows, of 7² tokens.
 """
 
 import difflib
+from functools import cache
 
 import timm
 import torch
@@ -146,8 +147,7 @@ def _checked_overrides(cfg: CfgNode) -> dict[str, int | float]:
             f"MODEL.NAME is {name!r}, a model that timm {timm.__version__} does not have."
             + (f" Similar names: {', '.join(similar)}." if similar else "")
         )
-    with torch.device("meta"):  # for its sizes
-        original = timm.create_model(name, pretrained=False)
+    original = _original(name)
     family = next((family for family in _FAMILIES if isinstance(original, family)), None)
     if family is None:
         raise ValueError(
@@ -170,6 +170,13 @@ def _checked_overrides(cfg: CfgNode) -> dict[str, int | float]:
     if rate is not None and not (isinstance(rate, int | float) and 0 <= rate < 1):
         raise ValueError(f"MODEL.DROP_PATH_RATE is {rate!r}. It must be from 0 to below 1, or None for timm's own.")
     return {key.lower(): value for key, value in given.items()} | ({} if rate is None else {"drop_path_rate": rate})
+
+
+@cache  # it takes a third of a second
+def _original(name: str) -> nn.Module:
+    """timm's model of a name, for its kind and sizes: it has no values."""
+    with torch.device("meta"):
+        return timm.create_model(name, pretrained=False)
 
 
 def _check_sizes(original: nn.Module, given: dict[str, int]) -> None:
