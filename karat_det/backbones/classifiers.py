@@ -12,10 +12,9 @@ from functools import cache
 import timm
 import torch
 from fvcore.common.config import CfgNode
-from timm.layers import Attention
 from timm.models.convit import MHSA, ConVit
 from timm.models.swin_transformer import SwinTransformer, WindowAttention
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import nn
 
 from ..attention.module import KArAtAttention

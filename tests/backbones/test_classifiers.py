@@ -7,9 +7,9 @@ import torch
 from detectron2.config import get_cfg
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from timm.layers import Attention
 from timm.models.convit import GPSA, MHSA
 from timm.models.swin_transformer import WindowAttention
+from timm.models.vision_transformer import Attention
 from torch.nn import functional as F
 
 from karat_det.attention import KArAtAttention
