@@ -1,4 +1,4 @@
-"""What windows see. The attention within them is compared with plain loops in tests/backbones, in each host's blocks."""
+"""What windows see. Attention within them is compared with plain loops in tests/backbones, in each host's blocks."""
 
 import math
 
