@@ -9,6 +9,7 @@ says), and SOLVER.MOMENTUM, NESTEROV, BIAS_LR_FACTOR, WEIGHT_DECAY_NORM and WEIG
 from dataclasses import fields
 
 from detectron2.config import CfgNode as CN
+from fvcore.common.config import CfgNode
 
 from .attention.operator import KArAtConfig
 
@@ -19,40 +20,7 @@ def add_karat_config(cfg: CN) -> None:
     Args:
         cfg: the config returned by `detectron2.config.get_cfg()`, not yet merged with a file.
     """
-    # The operator that replaces softmax. Each key is a field of karat_det.attention.operator.KArAtConfig.
-    cfg.MODEL.KARAT = CN()
-    # False builds Detectron2's own softmax ViTDet or Swin, parameter for parameter: the baseline of every comparison.
-    cfg.MODEL.KARAT.ENABLED = True
-    # Family of one-dimensional functions: "fourier", "bspline", "rational", "mexican_hat", "morlet", "dog", "meyer" or
-    # "shannon".
-    cfg.MODEL.KARAT.BASIS = "fourier"
-    # Number of frequencies G of a Fourier series, or of intervals of a B-spline, at least 1. The G of the paper's "G1B"
-    # and "G3U".
-    cfg.MODEL.KARAT.GRID_SIZE = 1
-    # Rank r of the operator, from 1 to the number of tokens N that one attention sees. None is full rank, for small N.
-    cfg.MODEL.KARAT.RANK = 12
-    # "blockwise": each block has its own operators. "universal": all blocks hold the very same one.
-    cfg.MODEL.KARAT.SHARING = "universal"
-    # b(x), added to every function of the series: "zero", "identity", "silu" or "gelu".
-    cfg.MODEL.KARAT.BASE_FUNCTION = "zero"
-    # Where the linear projector W stands: "project_after" is W Φ̂(A), "project_before" Φ̂(W A); "two_operators" is
-    # Φ̂₂(Φ̂₁(A)), without W.
-    cfg.MODEL.KARAT.ORDER = "project_after"
-    # "simplex" projects each row of the activated attention on the probability simplex; "none" leaves it.
-    cfg.MODEL.KARAT.PROJECTION = "none"
-    # "none", or "softmax" for softmax(A) + W Φ̂(A) with W = 0 at the start: a softmax network's exact continuation.
-    cfg.MODEL.KARAT.RESIDUAL = "none"
-    # How many of each block's heads are KArAt; the rest are softmax. None is all.
-    cfg.MODEL.KARAT.NUM_KARAT_HEADS = None
-    # "scaled" keeps activations at unit scale whatever N and G; "paper" is the paper's a, b ~ N(0, 1).
-    cfg.MODEL.KARAT.INIT = "scaled"
-    # Order k and range I of B-splines: pieces of degree k on GRID_SIZE intervals that tile [−I, I].
-    cfg.MODEL.KARAT.SPLINE_ORDER = 3
-    cfg.MODEL.KARAT.SPLINE_RANGE = 3.0
-    # On CUDA, run a Fourier operator as a Triton kernel.
-    cfg.MODEL.KARAT.TRITON = True
-    # Indices of the blocks that get KArAt; [] is all. The others stay as they are in the softmax model.
-    cfg.MODEL.KARAT.BLOCKS = []
+    _add_operator(cfg.MODEL)
     # What those of BLOCKS that attend to the whole image become: "operator" (KArAt; fixes the image size),
     # "softmax" (no KArAt), or "window" (window blocks with KArAt).
     cfg.MODEL.KARAT.GLOBAL_BLOCKS = "operator"
@@ -146,14 +114,72 @@ def add_karat_config(cfg: CN) -> None:
     cfg.KARAT_DATA.IMAGE_DIRS = []
 
 
+def pretrain_config() -> CfgNode:
+    """Every YAML key of the pretraining of classifiers, with its default."""
+    cfg = CfgNode()
+    cfg.MODEL = CfgNode()
+    # Name of a ViT, ConViT or Swin in timm.
+    cfg.MODEL.NAME = "vit_tiny_patch16_224"
+    # What differs from timm's model of that name; None is its own. Sides of the image and of a patch, in pixels; width,
+    # which in Swin is that of the first stage and in ConViT fixed; depth and heads of a ViT.
+    cfg.MODEL.IMG_SIZE = None
+    cfg.MODEL.PATCH_SIZE = None
+    cfg.MODEL.EMBED_DIM = None
+    cfg.MODEL.DEPTH = None
+    cfg.MODEL.NUM_HEADS = None
+    # Stochastic depth of the last block; it rises linearly from 0 in the first.
+    cfg.MODEL.DROP_PATH_RATE = None
+    _add_operator(cfg.MODEL)
+    return cfg
+
+
+def _add_operator(model: CfgNode) -> None:
+    """Adds MODEL.KARAT, as detectors and classifiers have it, to MODEL."""
+    # The operator that replaces softmax. Each key is a field of karat_det.attention.operator.KArAtConfig.
+    model.KARAT = type(model)()
+    # False builds the softmax model, Detectron2's or timm's own, parameter for parameter: the baseline of every
+    # comparison.
+    model.KARAT.ENABLED = True
+    # Family of one-dimensional functions: "fourier", "bspline", "rational", "mexican_hat", "morlet", "dog", "meyer" or
+    # "shannon".
+    model.KARAT.BASIS = "fourier"
+    # Number of frequencies G of a Fourier series, or of intervals of a B-spline, at least 1. The G of the paper's "G1B"
+    # and "G3U".
+    model.KARAT.GRID_SIZE = 1
+    # Rank r of the operator, from 1 to the number of tokens N that one attention sees. None is full rank, for small N.
+    model.KARAT.RANK = 12
+    # "blockwise": each block has its own operators. "universal": all blocks hold the very same one.
+    model.KARAT.SHARING = "universal"
+    # b(x), added to every function of the series: "zero", "identity", "silu" or "gelu".
+    model.KARAT.BASE_FUNCTION = "zero"
+    # Where the linear projector W stands: "project_after" is W Φ̂(A), "project_before" Φ̂(W A); "two_operators" is
+    # Φ̂₂(Φ̂₁(A)), without W.
+    model.KARAT.ORDER = "project_after"
+    # "simplex" projects each row of the activated attention on the probability simplex; "none" leaves it.
+    model.KARAT.PROJECTION = "none"
+    # "none", or "softmax" for softmax(A) + W Φ̂(A) with W = 0 at the start: a softmax network's exact continuation.
+    model.KARAT.RESIDUAL = "none"
+    # How many of each block's heads are KArAt; the rest are softmax. None is all.
+    model.KARAT.NUM_KARAT_HEADS = None
+    # "scaled" keeps activations at unit scale whatever N and G; "paper" is the paper's a, b ~ N(0, 1).
+    model.KARAT.INIT = "scaled"
+    # Order k and range I of B-splines: pieces of degree k on GRID_SIZE intervals that tile [−I, I].
+    model.KARAT.SPLINE_ORDER = 3
+    model.KARAT.SPLINE_RANGE = 3.0
+    # On CUDA, run a Fourier operator as a Triton kernel.
+    model.KARAT.TRITON = True
+    # Indices of the blocks that get KArAt; [] is all. The others stay as they are in the softmax model.
+    model.KARAT.BLOCKS = []
+
+
 def image_size(cfg: CN) -> tuple[int, int]:
     """(height, width), in pixels, of the images that the model takes."""
     model = cfg.MODEL.SWIN if cfg.MODEL.BACKBONE.NAME == "build_swin_karat_fpn_backbone" else cfg.MODEL.VIT
     return model.IMG_SIZE, model.IMG_WIDTH or model.IMG_SIZE
 
 
-def karat_config(cfg: CN) -> KArAtConfig:
-    """Reads MODEL.KARAT; its keys are the upper-case names of KArAtConfig's fields.
+def karat_config(cfg: CfgNode) -> KArAtConfig:
+    """Reads MODEL.KARAT, of either config; its keys are the upper-case names of KArAtConfig's fields.
 
     Raises:
         ValueError: a key has a value that is not allowed.

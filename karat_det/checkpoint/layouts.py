@@ -31,6 +31,9 @@ _IGNORABLE = {
 }
 # Left out always.
 _CONSTANT = re.compile(r".+\.(relative_position_index|attn_mask)")
+_OPERATOR = re.compile(r"(^|\.)operator\.coefficients$")
+# The last layer of a classifier, whose shape its classes decide.
+HEAD = re.compile(r"(head|head_dist)(\.fc)?\.(weight|bias)")
 _SPLIT = re.compile(r"(?P<attention>.*\battn\.)(?P<part>qk|q|k|v)(_proj)?\.(?P<leaf>weight|bias)")
 
 
@@ -126,6 +129,11 @@ def _find_host(keys: Collection[str]) -> tuple[_Host | None, str]:
 
 
 def _describe(host: _Host, state: Mapping[str, Tensor], source: str) -> str:
+    kind = _kind(host, state, source)
+    return f"{kind}, with KArAt" if any(_OPERATOR.search(key) for key in state) else kind
+
+
+def _kind(host: _Host, state: Mapping[str, Tensor], source: str) -> str:
     if source == host.in_detector:
         return f"a detector with a {host.name} backbone"
     if host.name == "Swin":

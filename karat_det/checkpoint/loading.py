@@ -14,11 +14,11 @@ from urllib.parse import urlparse
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from tabulate import tabulate
-from torch import nn
+from torch import Tensor, nn
 
 from ..attention import KArAtOperator
 from .files import read_weights
-from .layouts import LAYOUTS, convert_state
+from .layouts import HEAD, LAYOUTS, convert_state
 from .resampling import resample_state, token_grids
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         save_dir: folder of the run's checkpoints.
         strict: whether tensors that the model lacks, or that have another shape than the model's, stop the run.
         complete: whether tensors that the file lacks stop it too. A run that resumes or evaluates wants that, one that
-            starts from a pretrained backbone does not.
+            starts from a pretrained backbone or from a classifier for other classes does not.
         checkpointables: further objects with a state dict, as for Detectron2's.
     """
 
@@ -92,6 +92,8 @@ class SafeCheckpointer(DetectionCheckpointer):
         if not self.resumes:
             state, grids, source, ignored = convert_state(in_file, grids, self.model.state_dict().keys())
             resampled, refused = resample_state(state, self.model, grids)
+            if not self.complete:
+                ignored |= _drop_foreign_head(state, self.model)
             checkpoint["model"] = state
         incompatible = super()._load_model(checkpoint)
         misfits = {key for key, _, _ in incompatible.incorrect_shapes}
@@ -190,6 +192,16 @@ def check_weights_file(path: str, key: str = "MODEL.WEIGHTS") -> None:
         raise FileNotFoundError(f"{key} names no weights file, and this needs one.")
     if not urlparse(path).scheme and not os.path.isfile(path):
         raise FileNotFoundError(f"{key} is {path!r}, but there is no such file ({os.path.abspath(path)}). Name one.")
+
+
+def _drop_foreign_head(state: dict[str, Tensor], model: nn.Module) -> dict[str, str]:
+    """Takes the head of a classifier for another number of classes out of a state dict. Returns its keys, and why."""
+    ours = {key: tensor.shape for key, tensor in model.state_dict().items() if HEAD.fullmatch(key)}
+    return {
+        key: f"the classifier's head, for {len(state.pop(key))} classes where the model has {shape[0]}"
+        for key, shape in ours.items()
+        if key in state and state[key].shape[1:] == shape[1:] and len(state[key]) != shape[0]
+    }
 
 
 def _operators(model: nn.Module) -> dict[str, KArAtOperator]:

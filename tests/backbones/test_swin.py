@@ -13,7 +13,7 @@ from detectron2.utils.events import EventStorage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from karat_det.backbones.swin import KArAtWindowAttention, window_regions
+from karat_det.attention.window import KArAtWindowAttention, window_regions
 from karat_det.config import image_size
 from karat_det.engine.setup import load_cfg
 

@@ -1,0 +1,36 @@
+"""What windows see. Attention within them is compared with plain loops in tests/backbones, in each host's blocks."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from karat_det.attention.window import window_regions
+
+
+@given(height=st.integers(1, 11), width=st.integers(1, 11), window=st.integers(2, 5), is_shifted=st.booleans())
+def test_tokens_share_a_region_if_they_are_neighbours_on_the_map(height, width, window, is_shifted):
+    shift = window // 2 * is_shifted
+    rows, columns = (math.ceil(size / window) for size in (height, width))
+    regions = window_regions((height, width), window, shift)
+    assert regions.shape == (rows * columns, window**2)
+    for index in range(rows * columns):
+        first_row, first_column = index // columns * window, index % columns * window
+        kinds = []
+        for token in range(window**2):
+            # Where the token was before the map, padded to whole windows, was rolled; and on which side of its edge.
+            row = (first_row + token // window + shift) % (rows * window)
+            column = (first_column + token % window + shift) % (columns * window)
+            kinds.append((row < shift, row >= height, column < shift, column >= width))
+        for one in range(window**2):
+            same = [kinds[one] == kind for kind in kinds]
+            assert torch.equal(regions[index] == regions[index, one], torch.tensor(same))
+
+
+@pytest.mark.parametrize(("shift", "count"), [(0, 1), (2, 4)])
+def test_the_last_of_shifted_windows_is_of_four_regions(shift, count):
+    regions = window_regions((8, 12), 4, shift)
+    assert [len(window.unique()) for window in regions][-1] == count
+    assert len(regions[0].unique()) == 1
