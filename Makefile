@@ -21,7 +21,7 @@ step = @echo "==> $(1)"; start=$$(date +%s); $(2) && echo "==> Done in $$(( $$(d
 help:
 	@echo "make demo     install, train the quickstart config on the embedded dataset, evaluate it and draw its masks"
 	@echo "make install  install everything into .venv (some 3 GB to download, 6 GB on disk); a second run does nothing"
-	@echo "make test     install, then run the test suite (ARGS='-k name' picks tests)"
+	@echo "make test     install, then run the test suite in up to 4 processes (ARGS='-k name' picks tests)"
 	@echo "make lint     install, then run the linter"
 	@echo "PYTHON=python3.12 picks the Python that .venv is made with: 3.10 to 3.13. To start over: rm -rf .venv"
 
@@ -31,7 +31,7 @@ demo: $(STAMP)
 	@$(VENV_PYTHON) tools/demo.py
 
 test: $(STAMP)
-	@$(VENV_PYTHON) -m pytest $(ARGS)
+	@$(VENV_PYTHON) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: $(STAMP)
 	@$(VENV_PYTHON) -m ruff check .

@@ -21,5 +21,5 @@ setup(
     packages=find_packages(include=["karat_det", "karat_det.*"]),
     # Detectron2 is left out: people bring their own, or take the one that tools/install_detectron2.py installs.
     install_requires=read_requirements(),
-    extras_require={"test": ["pytest>=7.4", "hypothesis>=6.80", "ruff>=0.6"]},
+    extras_require={"test": ["pytest>=7.4", "pytest-xdist>=3.5", "hypothesis>=6.80", "ruff>=0.6"]},
 )
