@@ -184,10 +184,10 @@ def _fourier_sums(
     def work(chunks: _Chunks) -> None:
         for chunk in chunks:
             heads, items, rows = chunk
-            scores = chunks.scores(query, key, scale, bias, chunk)
+            scores = chunks.scores(query[chunk].flatten(0, 1), key[heads, items].flatten(0, 1), scale, bias, chunk)
             if value is not None:
                 highest = scores.amax(dim=1, keepdim=True)
-                exponentials = torch.sub(scores, highest, out=chunks.memory(3, scores.shape)).exp_()
+                exponentials = torch.sub(scores, highest, out=chunks.memory(1, scores.shape)).exp_()
                 totals = exponentials.sum(dim=1, keepdim=True)
                 chunk_attended = attended[chunk].flatten(0, 1)
                 _add_product(chunk_attended, exponentials.mT, value[heads, items].flatten(0, 1), keep=False)
@@ -244,29 +244,28 @@ def _fourier_sums_backward(
             heads, items, rows = chunk
             shape = chunks.shape(chunk)
             chunk_query, chunk_key = query[chunk].flatten(0, 1), key[heads, items].flatten(0, 1)
-            scores = chunks.scores(query, key, scale, bias, chunk)
+            scores = chunks.scores(chunk_query, chunk_key, scale, bias, chunk)
             scores_gradient, product = (chunks.memory(name, scores.shape) for name in (1, 2))
             if value is not None:
                 chunk_gradient = attended_gradient[chunk].flatten(0, 1)
                 log_total = log_totals[chunk].flatten(0, 1).unsqueeze(1)
-                softmax = torch.sub(scores, log_total, out=chunks.memory(3, scores.shape)).exp_()
+                softmax = torch.sub(scores, log_total, out=scores_gradient).exp_()
                 _add_product(value_gradient[heads, items].flatten(0, 1), softmax, chunk_gradient, keep=rows.start > 0)
                 mean = (chunk_gradient * attended[chunk].flatten(0, 1)).sum(dim=-1).unsqueeze(1)
                 torch.baddbmm(mean, value[heads, items].flatten(0, 1), chunk_gradient.mT, beta=-1, out=product)
-                torch.mul(softmax, product, out=scores_gradient)
+                scores_gradient = softmax.mul_(product)
             unit_gradient = sums_gradient[chunk].flatten(0, 1)  # (heads · items, rows, r)
-            by_unit = unit_gradient.mT.contiguous()
             cosine_weights, sine_weights = chunks.weights(weights, chunk)
             first, last = (head - chunks.all_heads.start for head in (heads.start, heads.stop))
             # (G, heads · items, M, r)
             cosine_gradients, sine_gradients = item_gradients[:, :, first:last, : shape[1]].flatten(2, 3)
             for m, sign, cosines, sines in chunks.harmonics(scores, len(cosine_weights)):
-                _add_product(product, sine_weights[m - 1].mT, by_unit, keep=False)
+                _add_product(product, sine_weights[m - 1].mT, unit_gradient.mT, keep=False)
                 if m == 1 and value is None:
                     torch.mul(cosines, product, out=scores_gradient)
                 else:
                     scores_gradient.addcmul_(cosines, product, value=sign * m)
-                _add_product(product, cosine_weights[m - 1].mT, by_unit, keep=False)
+                _add_product(product, cosine_weights[m - 1].mT, unit_gradient.mT, keep=False)
                 scores_gradient.addcmul_(sines, product, value=-sign * m)
                 _add_product(cosine_gradients[m - 1], cosines, unit_gradient, sign)
                 _add_product(sine_gradients[m - 1], sines, unit_gradient, sign)
@@ -340,7 +339,9 @@ class _Chunks:
         self.items = min(self.batch_size, max(1, room // self.rows))
         self.heads = min(len(heads), max(1, room // (self.rows * self.batch_size)))
         self.allocate = partial(query.new_empty, self.heads * self.items * self.rows * self.row_size)
-        self.allocated = {}
+        self.allocated: dict[int, Tensor] = {}
+        self.one_and_zero = query.new_ones(()), query.new_zeros(())
+        self.views: dict[tuple[int, tuple[int, ...]], Tensor] = {}
 
     def __iter__(self) -> Iterator[tuple[slice, slice, slice]]:
         for head in self.all_heads[:: self.heads]:
@@ -357,25 +358,26 @@ class _Chunks:
 
     def memory(self, name: int, shape: Sequence[int]) -> Tensor:
         """Memory that one chunk after the other uses, not initialised."""
-        if name not in self.allocated:
-            self.allocated[name] = self.allocate()
-        return self.allocated[name][: math.prod(shape)].view(shape)
+        if (name, shape) not in self.views:
+            if name not in self.allocated:
+                self.allocated[name] = self.allocate()
+            self.views[name, shape] = self.allocated[name][: math.prod(shape)].view(shape)
+        return self.views[name, shape]
 
     def scores(self, query: Tensor, key: Tensor, scale: float, bias: Bias, chunk: tuple[slice, slice, slice]) -> Tensor:
-        """(scale · Q Kᵀ + bias)ᵀ of a chunk, of shape (heads · items, M, rows)."""
-        heads, items, _ = chunk
-        scores = self.memory(0, self.shape(chunk))
+        """(scale · Q Kᵀ + bias)ᵀ of a chunk, of shape (heads · items, M, rows), for its queries and keys."""
+        scores = self.memory(0, (*key.shape[:2], query.shape[1]))
         # Made contiguous, what is added goes to whole vectors of scores at a time.
         if bias.vertical is not None:
             vertical, horizontal = (x.transpose(0, 1)[chunk].mT.contiguous() for x in (bias.vertical, bias.horizontal))
-            on_grid = scores.unflatten(2, (vertical.shape[2], horizontal.shape[2]))
+            on_grid = scores.view(*vertical.shape[:3], *horizontal.shape[2:])
             torch.add(vertical.unsqueeze(3), horizontal.unsqueeze(2), out=on_grid)
         if bias.full is not None:
             part = _part(bias.full, chunk).mT.contiguous()
-            scores = scores.copy_(part) if bias.vertical is None else scores.add_(part)
+            by_head = scores.view(self.shape(chunk))
+            by_head = by_head.copy_(part) if bias.vertical is None else by_head.add_(part)
         has_bias = bias.full is not None or bias.vertical is not None
-        scores, query = scores.flatten(0, 1), query[chunk].flatten(0, 1)
-        _add_product(scores, key[heads, items].flatten(0, 1), query.mT, scale, keep=has_bias)
+        _add_product(scores, key, query.mT, scale, keep=has_bias)
         return scores
 
     def weights(self, weights: Tensor, chunk: tuple[slice, slice, slice]) -> Tensor:
@@ -393,7 +395,7 @@ class _Chunks:
         cosines = torch.cos(scores, out=self.memory(3, scores.shape))
         sines = scores.sin_()
         yield 1, 1, cosines, sines
-        before = 1, cosines.new_ones(()), cosines.new_zeros(())
+        before = 1, *self.one_and_zero
         now = 1, cosines, sines
         for m in range(2, grid_size + 1):
             # Two memories in turn for either, since the first cosine is needed to the end.
@@ -412,10 +414,7 @@ def _weights(coefficients: Tensor) -> Tensor:
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, factor: float = 1, keep: bool = True) -> None:
     """Adds factor · left · right, or without `keep` writes it, to each of a batch of totals, in place."""
-    if len(total) == 1:  # faster as a product of matrices than as a batch of one
-        total[0].addmm_(left[0], right[0], alpha=factor, beta=int(keep))
-    else:
-        total.baddbmm_(left, right, alpha=factor, beta=int(keep))
+    total.baddbmm_(left, right, alpha=factor, beta=int(keep))
 
 
 def _part(full: Tensor, chunk: tuple[slice, slice, slice]) -> Tensor:
