@@ -79,7 +79,7 @@ def fourier_sums(
     query, key, full, vertical, horizontal, value = (
         None if x is None else x.reshape(-1, *x.shape[-3:]) for x in (query, key, full, vertical, horizontal, value)
     )
-    sums, attended, _ = _fourier_sums(query, key, coefficients, scale, full, vertical, horizontal, value)
+    sums, attended = _FourierSums.apply(query, key, coefficients, scale, full, vertical, horizontal, value)
     sums = sums.reshape(*batch_shape, *sums.shape[1:])
     return sums if value is None else (sums, attended.reshape(*batch_shape, *attended.shape[1:]))
 
@@ -154,6 +154,27 @@ class _ByRows(torch.autograd.Function):
 
 def _cut(tensors: Sequence[Tensor | None], rows: slice) -> list[Tensor | None]:
     return [None if tensor is None else tensor[..., rows, :] for tensor in tensors]
+
+
+class _FourierSums(torch.autograd.Function):
+    """The sums and, with a value, else empty, softmax(A) V; arguments are those of _fourier_sums."""
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, coefficients: Tensor, scale: float, *others: Tensor | None):
+        sums, attended, log_totals = _fourier_sums(query, key, coefficients, scale, *others)
+        ctx.scale = scale
+        ctx.save_for_backward(query, key, coefficients, *others, attended, log_totals)
+        return sums, attended
+
+    @staticmethod
+    def backward(ctx, sums_gradient: Tensor, attended_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, coefficients, *others = ctx.saved_tensors
+        with_full = ctx.needs_input_grad[4]
+        gradients = _fourier_sums_backward(
+            sums_gradient, attended_gradient, query, key, coefficients, ctx.scale, *others, with_full
+        )
+        gradients = (*gradients[:3], None, *gradients[3:])
+        return tuple(x if need else None for x, need in zip(gradients, ctx.needs_input_grad, strict=True))
 
 
 # Operators that torch.compile does not look into: it would unroll the chunks.
@@ -468,24 +489,3 @@ def _(
         heads_first(horizontal),
         heads_first(value),
     )
-
-
-def _keep(ctx, inputs, output):
-    query, key, coefficients, ctx.scale, *others = inputs
-    _, attended, log_totals = output
-    ctx.save_for_backward(query, key, coefficients, *others, attended, log_totals)
-
-
-def _backward(ctx, sums_gradient, attended_gradient, _):
-    query, key, coefficients, *others = ctx.saved_tensors
-    with_full = ctx.needs_input_grad[4]
-    gradients = _fourier_sums_backward(
-        sums_gradient, attended_gradient, query, key, coefficients, ctx.scale, *others, with_full
-    )
-    wanted = (
-        gradient if need else None for gradient, need in zip(gradients[3:], ctx.needs_input_grad[4:], strict=True)
-    )
-    return *gradients[:3], None, *wanted
-
-
-_fourier_sums.register_autograd(_backward, setup_context=_keep)
