@@ -161,24 +161,23 @@ class _FourierSums(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, coefficients: Tensor, scale: float, *others: Tensor | None):
-        sums, attended, log_totals = _fourier_sums(query, key, coefficients, scale, *others)
+        run = _fourier_sums_operator if torch.compiler.is_compiling() else _fourier_sums
+        sums, attended, log_totals = run(query, key, coefficients, scale, *others)
         ctx.scale = scale
         ctx.save_for_backward(query, key, coefficients, *others, attended, log_totals)
         return sums, attended
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, sums_gradient: Tensor, attended_gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, coefficients, *others = ctx.saved_tensors
         with_full = ctx.needs_input_grad[4]
-        gradients = _fourier_sums_backward(
-            sums_gradient, attended_gradient, query, key, coefficients, ctx.scale, *others, with_full
-        )
+        run = _fourier_sums_backward_operator if torch.compiler.is_compiling() else _fourier_sums_backward
+        gradients = run(sums_gradient, attended_gradient, query, key, coefficients, ctx.scale, *others, with_full)
         gradients = (*gradients[:3], None, *gradients[3:])
         return tuple(x if need else None for x, need in zip(gradients, ctx.needs_input_grad, strict=True))
 
 
-# Operators that torch.compile does not look into: it would unroll the chunks.
-@torch.library.custom_op("karat_det::fourier_sums", mutates_args=())
 def _fourier_sums(
     query: Tensor,
     key: Tensor,
@@ -224,7 +223,6 @@ def _fourier_sums(
     return sums.transpose(0, 1).mT, attended.transpose(0, 1), log_totals.transpose(0, 1)
 
 
-@torch.library.custom_op("karat_det::fourier_sums_backward", mutates_args=())
 def _fourier_sums_backward(
     sums_gradient: Tensor,
     attended_gradient: Tensor,
@@ -450,7 +448,14 @@ def _chunk_size(device: torch.device, per_thread: int = 5 * 2**15) -> int:
     return per_thread * torch.get_num_threads() if device.type == "cpu" else 2**25
 
 
-@_fourier_sums.register_fake
+# torch.compile does not look into operators; in functions it would unroll the chunks. A function is the cheaper call.
+_fourier_sums_operator = torch.library.custom_op("karat_det::fourier_sums", _fourier_sums, mutates_args=())
+_fourier_sums_backward_operator = torch.library.custom_op(
+    "karat_det::fourier_sums_backward", _fourier_sums_backward, mutates_args=()
+)
+
+
+@_fourier_sums_operator.register_fake
 def _(query, key, coefficients, scale, full, vertical, horizontal, value):
     batch_size, num_heads, num_rows, _ = query.shape
     sums = query.new_empty(num_heads, batch_size, coefficients.shape[-1], num_rows).transpose(0, 1).mT
@@ -460,7 +465,7 @@ def _(query, key, coefficients, scale, full, vertical, horizontal, value):
     return sums, attended.transpose(0, 1), query.new_empty(attended.shape[:-1]).transpose(0, 1)
 
 
-@_fourier_sums_backward.register_fake
+@_fourier_sums_backward_operator.register_fake
 def _(
     sums_gradient,
     attended_gradient,
