@@ -37,7 +37,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..attention import KArAtConfig, KArAtOperator
-from ..attention.module import with_rel_pos
+from ..attention.functional import Bias
+from ..attention.module import rel_pos_terms
 from ..config import image_size, karat_config
 from ..engine.optimizer import build_optimizer
 from ..engine.setup import load_cfg
@@ -167,12 +168,12 @@ class AttentionCore(nn.Module):
             scores = (query * scale) @ key.transpose(-2, -1)
             bias = self._bias(query)
             return (scores if bias is None else scores + bias).softmax(dim=-1) @ value
+        bias = Bias()
         if self.rel_pos_h is not None:
-            query, key = with_rel_pos(query, key, self.rel_pos_h, self.rel_pos_w, scale)
-            scale = 1.0
+            bias = Bias(None, *rel_pos_terms(query, self.rel_pos_h, self.rel_pos_w))
         if self.evaluation == "attend":
-            return self.operator.attend(query, key, value, scale=scale)
-        return self.operator.activate((query * scale) @ key.transpose(-2, -1)) @ value
+            return self.operator.attend(query, key, value, bias)
+        return self.operator.activate(bias.add_to((query * scale) @ key.transpose(-2, -1))) @ value
 
     def _bias(self, query: Tensor) -> Tensor | None:
         """Of shape (B, heads, N, N). Detectron2's add_decomposed_rel_pos wants the scores to add it to."""

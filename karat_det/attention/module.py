@@ -7,6 +7,7 @@ parameter names, so that their checkpoints load by name: `qkv`, `proj`, `rel_pos
 import torch
 from torch import Tensor, nn
 
+from .functional import Bias
 from .operator import KArAtConfig, KArAtOperator, at_least_float32
 
 
@@ -98,52 +99,37 @@ class KArAtAttention(nn.Module):
         if is_causal:
             raise ValueError("is_causal is True. Tokens of an image have no order: give an attn_mask, or False.")
         is_mask = attn_mask is not None and attn_mask.dtype == torch.bool
-        bias, mask = (None, attn_mask) if is_mask else (attn_mask, None)
+        full, mask = (None, attn_mask) if is_mask else (attn_mask, None)
         batch_size, channels = x.shape[0], x.shape[-1]
         # (3, B, heads, N, d)
         qkv = self.qkv(x).reshape(batch_size, -1, 3, self.num_heads, channels // self.num_heads).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind(0)
-        scale = query.shape[-1] ** -0.5
-        if self.use_rel_pos:
-            # Scores are float32 under autocast, and so is what is added to them.
-            with torch.autocast(x.device.type, enabled=False):
-                query, key = with_rel_pos(query, key, self.rel_pos_h, self.rel_pos_w, scale)
-            scale = 1.0
-        attended = self.operator.attend(query, key, value, bias, scale, mask)  # (B, heads, N, d)
+        positions = rel_pos_terms(query, self.rel_pos_h, self.rel_pos_w) if self.use_rel_pos else ()
+        attended = self.operator.attend(query, key, value, Bias(full, *positions), mask=mask)  # (B, heads, N, d)
         return self.proj_drop(self.proj(attended.transpose(1, 2).reshape(x.shape)))
 
 
-def with_rel_pos(
-    query: Tensor, key: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Appends decomposed relative positions to query and key, so that their product has them added.
-
-    A score gains a term for the rows and one for the columns of the grid that its two tokens are in. Appended to the
-    query are its terms for each row and each column; appended to the key is a 1 at its own row and its own column. So
-    no bias of shape (N, N) is formed.
+def rel_pos_terms(query: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> tuple[Tensor, Tensor]:
+    """Decomposed relative positions: what a score gains for the row and for the column of the grid that its key is in.
 
     Args:
-        query, key: of shape (B, heads, H · W, d).
+        query: of shape (B, heads, H · W, d), without the scores' scale, as in Detectron2.
         rel_pos_h: of shape (2H − 1, d), one row for each difference of rows of the grid.
         rel_pos_w: of shape (2W − 1, d).
-        scale: of the product of query and key. As in Detectron2 the terms are made from the query without it.
 
     Returns:
-        query, scaled, and key, of shape (B, heads, H · W, d + H + W).
+        The vertical and the horizontal term of a Bias, of shape (B, heads, H · W, H or W). They are float32 under
+        autocast, as scores are.
 
     Source: section 4 of MViTv2, arXiv 2112.01526. Unlike Detectron2's add_decomposed_rel_pos it never resizes the
     tables, since the operator fixes the grid.
     """
-    query, key = at_least_float32(query), at_least_float32(key)
     height, width = (len(rel_pos_h) + 1) // 2, (len(rel_pos_w) + 1) // 2
-    on_grid = query.unflatten(2, (height, width))
-    by_row = torch.einsum("bnhwd,hkd->bnhwk", on_grid, rel_pos_h[_differences(height, query.device)])
-    by_column = torch.einsum("bnhwd,wkd->bnhwk", on_grid, rel_pos_w[_differences(width, query.device)])
-    rows = torch.eye(height, dtype=key.dtype, device=key.device).repeat_interleave(width, dim=0)  # (H · W, H)
-    columns = torch.eye(width, dtype=key.dtype, device=key.device).repeat(height, 1)  # (H · W, W)
-    places = torch.cat([rows, columns], dim=-1).expand(*key.shape[:2], -1, -1)
-    terms = torch.cat([by_row, by_column], dim=-1).flatten(2, 3)
-    return torch.cat([query * scale, terms], dim=-1), torch.cat([key, places], dim=-1)
+    with torch.autocast(query.device.type, enabled=False):
+        on_grid = at_least_float32(query).unflatten(2, (height, width))
+        vertical = torch.einsum("bnhwd,hkd->bnhwk", on_grid, rel_pos_h[_differences(height, query.device)])
+        horizontal = torch.einsum("bnhwd,wkd->bnhwk", on_grid, rel_pos_w[_differences(width, query.device)])
+    return vertical.flatten(2, 3), horizontal.flatten(2, 3)
 
 
 def _differences(size: int, device: torch.device) -> Tensor:

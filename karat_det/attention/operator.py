@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .basis import BASE_FUNCTIONS, MOTHER_WAVELETS, Basis, BSpline, Fourier, Rational, Wavelet
-from .functional import by_rows, fourier_sums
+from .functional import Bias, by_rows, fourier_sums
 
 try:
     from . import kernels
@@ -236,14 +236,14 @@ class KArAtOperator(nn.Module):
         with torch.autocast(scores.device.type, enabled=False):
             exact = at_least_float32(scores)
             ours, rest = exact.split((self.num_karat_heads, self.num_heads - self.num_karat_heads), dim=-3)
-            our_mask = _of_heads(mask, slice(self.num_karat_heads))
+            our_mask = _mask_of_heads(mask, slice(self.num_karat_heads))
             activated = self._activate(ours, our_mask)
             if self.config.residual == "softmax":
                 activated = activated + _softmax(ours, our_mask)
             if self.config.projection == "simplex":
                 activated = project_on_simplex(activated, our_mask)
             if rest.shape[-3]:
-                rest = _softmax(rest, _of_heads(mask, slice(self.num_karat_heads, None)))
+                rest = _softmax(rest, _mask_of_heads(mask, slice(self.num_karat_heads, None)))
                 activated = torch.cat([activated, rest], dim=-3)
         return activated.to(scores.dtype)
 
@@ -252,7 +252,7 @@ class KArAtOperator(nn.Module):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        bias: Tensor | None = None,
+        bias: Tensor | Bias | None = None,
         scale: float | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
@@ -264,7 +264,8 @@ class KArAtOperator(nn.Module):
 
         Args:
             query, key, value: of shape (..., heads, N, d).
-            bias: added to the scores, broadcastable to (..., heads, N, N). It must be finite.
+            bias: added to the scores. A tensor is broadcastable to (..., heads, N, N); a Bias may have terms for the
+                rows and columns of a grid of tokens, which never become a matrix N×N. It must be finite.
             scale: of the scores; d^−½ unless given.
             mask: False where a query does not see a key, broadcastable to (..., heads, N, N); see `activate`.
 
@@ -273,17 +274,18 @@ class KArAtOperator(nn.Module):
         """
         self._check_tokens(key.shape[-2])
         scale = query.shape[-1] ** -0.5 if scale is None else scale
+        bias = bias if isinstance(bias, Bias) else Bias(bias)
         with torch.autocast(query.device.type, enabled=False):
             if mask is not None or self.config.projection == "simplex":
                 exact = at_least_float32(value)
                 return (self.activate(_scores(query, key, bias, scale), mask) @ exact).to(value.dtype)
+            if bias.full is not None:
+                bias = bias._replace(full=bias.full[(None,) * (query.ndim - bias.full.ndim)])
+            if bias.vertical is not None and self._has_kernel(query):
+                query, key, bias, scale = _append_grid_terms(query, key, bias, scale)
             ours = slice(self.num_karat_heads)
-            our_query, our_key, our_value = (x[..., ours, :, :] for x in (query, key, value))
-            bias = None if bias is None else bias[(None,) * (query.ndim - bias.ndim)]
-            our_bias = _of_heads(bias, ours)
-            output = self._attend(our_query, our_key, our_value, our_bias, scale).to(value.dtype)
-            if self.config.residual == "softmax":
-                output = output + _softmax_attend(our_query, our_key, our_value, our_bias, scale)
+            our_inputs = (x[..., ours, :, :] for x in (query, key, value))
+            output = self._attend(*our_inputs, _of_heads(bias, ours), scale).to(value.dtype)
             if self.num_karat_heads < self.num_heads:
                 rest = slice(self.num_karat_heads, None)
                 softmax = (x[..., rest, :, :] for x in (query, key, value))
@@ -304,64 +306,81 @@ class KArAtOperator(nn.Module):
                 activated = self._sums_by_rows(activated, self.outer_coefficients, self.outer_scale)
         return activated if mask is None else activated * mask
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-        """The product of `_activate` and the values, reassociated so that no N×N matrix is kept."""
-        value = at_least_float32(value)
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Bias, scale: float) -> Tensor:
+        """The product of σ̂(A) and the values for KArAt heads, reassociated so that no N×N matrix is kept."""
+        exact = at_least_float32(value)
+        softmax = None
         if self.config.order == "project_before":
             # W (Q Kᵀ) = Q (W K)ᵀ: the inputs of Φ̂ are scores of r mixed keys.
-            projector = self._scaled(self.projector, self.projector_scale, value)
-            if bias is not None:
-                bias = at_least_float32(bias.expand(*bias.shape[:-1], key.shape[-2])) @ projector
-            key = projector.transpose(-2, -1) @ at_least_float32(key)
-        if self.config.order == "project_before" or self.config.rank is None:
-            return self._mixed_score_sums(query, key, bias, scale, value)
-        units = self._score_sums(query, key, bias, scale)
-        if self.outer_coefficients is not None:
-            return self._mixed_sums_by_rows(units, self.outer_coefficients, self.outer_scale, value)
-        return units @ (self._scaled(self.projector, self.projector_scale, value).transpose(-2, -1) @ value)
+            projector = self._scaled(self.projector, self.projector_scale, exact)
+            mixed_key = projector.transpose(-2, -1) @ at_least_float32(key)
+            output = self._mixed_score_sums(query, mixed_key, _project(bias, projector), scale, exact)
+        elif self.config.rank is None:
+            output = self._mixed_score_sums(query, key, bias, scale, exact)
+        else:
+            units, softmax = self._score_sums(query, key, bias, scale, exact)
+            if self.outer_coefficients is not None:
+                output = self._mixed_sums_by_rows(units, self.outer_coefficients, self.outer_scale, exact)
+            else:
+                projector = self._scaled(self.projector, self.projector_scale, exact)
+                output = units @ (projector.transpose(-2, -1) @ exact)
+        if self.config.residual == "softmax":
+            output = output + (_softmax_attend(query, key, value, bias, scale) if softmax is None else softmax)
+        return output
 
-    def _score_sums(self, query: Tensor, key: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-        """Φ̂[A], of shape (..., heads, N, r), without keeping A."""
-        # Tracers, such as those that count multiply-adds, see the plain form.
-        if self.config.basis != "fourier" or torch.jit.is_tracing():
+    def _score_sums(
+        self, query: Tensor, key: Tensor, bias: Bias, scale: float, value: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Φ̂[A], of shape (..., heads, N, r), without keeping A.
 
-            def score_sums(query: Tensor, bias: Tensor | None, key: Tensor, coefficients: Tensor) -> Tensor:
-                return self._sums(_scores(query, key, bias, scale), None, coefficients, self.series_scale)
+        For residual softmax also softmax(A) V, where it comes from the same scores; else None.
+        """
+        if self.config.basis != "fourier":
+            return self._by_rows(self._series, query, key, bias, scale, self.coefficients), None
+        if torch.jit.is_tracing():  # Tracers, such as those that count multiply-adds, see the plain form.
+            scores = _scores(query, key, bias, scale)
+            softmax = _softmax(scores, None) @ value if self.config.residual == "softmax" else None
+            return self._series(scores, self.coefficients), softmax
 
-            return self._by_rows(score_sums, query, bias, key, self.coefficients)
-
-        if self.config.triton and kernels is not None and kernels.can_run(query):
-            sums = kernels.fourier_score_sums(query, key, self.coefficients * self.series_scale, scale, bias)
+        softmax = None
+        if self._has_kernel(query):
+            sums = kernels.fourier_score_sums(query, key, self.coefficients * self.series_scale, scale, bias.full)
         else:
             exact_query, exact_key = at_least_float32(query), at_least_float32(key)
             coefficients = self._scaled(self.coefficients, self.series_scale, exact_query)
-            sums = fourier_sums(exact_query, exact_key, coefficients, scale, bias)
+            if self.config.residual == "softmax":
+                sums, softmax = fourier_sums(exact_query, exact_key, coefficients, scale, bias, value)
+            else:
+                sums = fourier_sums(exact_query, exact_key, coefficients, scale, bias)
         if BASE_FUNCTIONS[self.config.base_function] is not None:
+            base_sums = partial(self._base_sums, scale=self.series_scale)
+            sums = sums + self._by_rows(base_sums, query, key, bias, scale)
+        return sums, softmax
 
-            def base_sums(query: Tensor, bias: Tensor | None, key: Tensor) -> Tensor:
-                return self._base_sums(_scores(query, key, bias, scale), self.series_scale)
+    def _has_kernel(self, query: Tensor) -> bool:
+        return self.config.basis == "fourier" and self.config.triton and kernels is not None and kernels.can_run(query)
 
-            sums = sums + self._by_rows(base_sums, query, bias, key)
-        return sums
+    def _series(self, scores: Tensor, coefficients: Tensor) -> Tensor:
+        return self._sums(scores, None, coefficients, self.series_scale)
 
-    def _mixed_score_sums(self, query: Tensor, key: Tensor, bias: Tensor | None, scale: float, value: Tensor) -> Tensor:
+    def _mixed_score_sums(self, query: Tensor, key: Tensor, bias: Bias, scale: float, value: Tensor) -> Tensor:
         """Φ̂[A] V, where the units of Φ̂ are weights of the values, without keeping A."""
-
-        def mixed_score_sums(
-            query: Tensor, bias: Tensor | None, key: Tensor, coefficients: Tensor, value: Tensor
-        ) -> Tensor:
-            return self._mixed_sums(_scores(query, key, bias, scale), coefficients, value, self.series_scale)
-
         coefficients = self._mixed(self.coefficients, self.series_scale, value)
-        return self._by_rows(mixed_score_sums, query, bias, key, coefficients, value)
+        mixed_sums = partial(self._mixed_sums, scale=self.series_scale)
+        return self._by_rows(mixed_sums, query, key, bias, scale, coefficients, value)
 
-    def _by_rows(self, function, query: Tensor, bias: Tensor | None, key: Tensor, *shared: Tensor) -> Tensor:
-        """Applies a function to chunks of queries, with the rows of the bias that belong to them."""
-        if bias is not None:
-            bias = bias.expand(*bias.shape[:-2], query.shape[-2], bias.shape[-1])
+    def _by_rows(self, function, query: Tensor, key: Tensor, bias: Bias, scale: float, *shared: Tensor) -> Tensor:
+        """Applies a function to chunks of rows of the scores, and to what they share."""
+
+        def of_scores(query: Tensor, full, vertical, horizontal, key: Tensor, *shared: Tensor) -> Tensor:
+            return function(_scores(query, key, Bias(full, vertical, horizontal), scale), *shared)
+
+        if bias.full is not None:
+            shape = *bias.full.shape[:-2], query.shape[-2], bias.full.shape[-1]
+            bias = bias._replace(full=bias.full.expand(shape))
         scores_per_row = query[..., 0, 0].numel() * key.shape[-2]
         numbers_per_row = scores_per_row * self.basis.numbers_per_input(self.coefficients.shape[-1])
-        return by_rows(function, [query, bias], [key, *shared], numbers_per_row)
+        return by_rows(of_scores, [query, *bias], [key, *shared], numbers_per_row)
 
     def _sums_by_rows(self, inputs: Tensor, coefficients: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
         mask = None if mask is None else mask.expand(inputs.shape)
@@ -463,26 +482,57 @@ def project_on_simplex(rows: Tensor, mask: Tensor | None = None) -> Tensor:
     return (rows - threshold).clamp(min=0)
 
 
-def _scores(query: Tensor, key: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    scores = (at_least_float32(query) * scale) @ at_least_float32(key).transpose(-2, -1)
-    return scores if bias is None else scores + bias
+def _scores(query: Tensor, key: Tensor, bias: Bias, scale: float) -> Tensor:
+    return bias.add_to((at_least_float32(query) * scale) @ at_least_float32(key).transpose(-2, -1))
+
+
+def _project(bias: Bias, projector: Tensor) -> Bias:
+    """The bias of the scores of r mixed keys, for a projector (heads, N, r)."""
+    full = 0.0
+    if bias.full is not None:
+        full = at_least_float32(bias.full.expand(*bias.full.shape[:-1], projector.shape[-2])) @ projector
+    if bias.vertical is not None:
+        on_grid = projector.unflatten(-2, (bias.vertical.shape[-1], bias.horizontal.shape[-1]))  # (heads, H, W, r)
+        full = full + bias.vertical @ on_grid.sum(dim=-2) + bias.horizontal @ on_grid.sum(dim=-3)
+    return Bias(full if isinstance(full, Tensor) else None)
+
+
+def _append_grid_terms(query: Tensor, key: Tensor, bias: Bias, scale: float) -> tuple[Tensor, Tensor, Bias, float]:
+    """Query, key, bias and scale of the same scores, in which channels of query and key stand for a grid's terms.
+
+    The query gets its terms; the key a 1 at its own row and its own column of the grid.
+    """
+    height, width = bias.vertical.shape[-1], bias.horizontal.shape[-1]
+    query, key = at_least_float32(query) * scale, at_least_float32(key)
+    rows = torch.eye(height, dtype=key.dtype, device=key.device).repeat_interleave(width, dim=0)  # (H · W, H)
+    columns = torch.eye(width, dtype=key.dtype, device=key.device).repeat(height, 1)  # (H · W, W)
+    places = torch.cat([rows, columns], dim=-1).expand(*key.shape[:-1], -1)
+    query, key = torch.cat([query, bias.vertical, bias.horizontal], dim=-1), torch.cat([key, places], dim=-1)
+    return query, key, Bias(bias.full), 1.0
 
 
 def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
     return (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(dim=-1)
 
 
-def _softmax_attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+def _softmax_attend(query: Tensor, key: Tensor, value: Tensor, bias: Bias, scale: float) -> Tensor:
+    if bias.vertical is not None:
+        query, key, bias, scale = _append_grid_terms(query, key, bias, scale)
     # torch's fused kernels want one type and, on the CPU, one width of all three.
     query, key = query.to(value.dtype), key.to(value.dtype)
     width = value.shape[-1]
     padded = F.pad(value, (0, query.shape[-1] - width)) if query.shape[-1] > width else value
-    bias = None if bias is None else bias.to(value.dtype)
-    return F.scaled_dot_product_attention(query, key, padded, attn_mask=bias, scale=scale)[..., :width]
+    full = None if bias.full is None else bias.full.to(value.dtype)
+    return F.scaled_dot_product_attention(query, key, padded, attn_mask=full, scale=scale)[..., :width]
 
 
-def _of_heads(tensor: Tensor | None, heads: slice) -> Tensor | None:
-    """What of a bias or mask, broadcastable to (..., heads, N, N), belongs to some heads."""
+def _of_heads(bias: Bias, heads: slice) -> Bias:
+    """What of a bias belongs to some heads."""
+    return Bias(*(_mask_of_heads(term, heads) for term in bias))
+
+
+def _mask_of_heads(tensor: Tensor | None, heads: slice) -> Tensor | None:
+    """What of a mask or a term of a bias, broadcastable to (..., heads, N, *), belongs to some heads."""
     if tensor is None or tensor.ndim < 3 or tensor.shape[-3] == 1:
         return tensor
     return tensor[..., heads, :, :]

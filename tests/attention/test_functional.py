@@ -106,7 +106,7 @@ def test_an_error_in_a_thread_is_not_lost_and_their_number_stays(threads):
     threads(2)
     query, coefficients = normal(2, 3, 6, 4), normal(3, 2, 2, 5, 3)
     with pytest.raises(RuntimeError):
-        functional._fourier_sums(query, query, coefficients, 1.0, None)  # 6 keys, functions for 5
+        fourier_sums(query, query, coefficients, 1.0)  # 6 keys, functions for 5
     assert torch.get_num_threads() == 2
 
 

@@ -11,7 +11,8 @@ from detectron2.modeling.backbone.vit import Attention as Detectron2Attention
 
 import karat_det.attention
 from karat_det.attention import KArAtAttention, KArAtConfig, KArAtOperator
-from karat_det.attention.module import with_rel_pos
+from karat_det.attention.functional import Bias
+from karat_det.attention.module import rel_pos_terms
 
 # Softmax plus nothing: with it the module must equal the softmax one that it stands in for.
 SOFTMAX = KArAtConfig(rank=2, residual="softmax")
@@ -69,12 +70,9 @@ def test_relative_positions_equal_detectron2s(grid):
     rel_pos_h, rel_pos_w = torch.randn(2 * grid[0] - 1, 6), torch.randn(2 * grid[1] - 1, 6)
     zeros = torch.zeros(6, num_tokens, num_tokens)
     expected = add_decomposed_rel_pos(zeros, query.reshape(6, num_tokens, 6), rel_pos_h, rel_pos_w, grid, grid)
-    key = torch.randn_like(query)
-    longer_query, longer_key = with_rel_pos(query, key, rel_pos_h, rel_pos_w, 0.5)
-    torch.testing.assert_close(
-        longer_query @ longer_key.transpose(-2, -1),
-        0.5 * query @ key.transpose(-2, -1) + expected.reshape(2, 3, num_tokens, num_tokens),
-    )
+    terms = rel_pos_terms(query, rel_pos_h, rel_pos_w)
+    scores = torch.randn(2, 3, num_tokens, num_tokens)
+    torch.testing.assert_close(Bias(None, *terms).add_to(scores), scores + expected.reshape_as(scores))
 
 
 def test_relative_positions_learn():
