@@ -130,16 +130,18 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "attend, G = 1, residual softmax": ("attend", {"grid_size": 1, "residual": "softmax"}),
     "direct, G = 1": ("direct", {"grid_size": 1}),
     "direct, G = 3": ("direct", {"grid_size": 3}),
+    "activate, G = 3": ("activate", {"grid_size": 3}),
 }
 # Matrices of the scores' size that a forward and backward holds at a time, roughly.
-_MATRICES = {"fused": 0, "attend": 0, "written out": 4, "direct": 8}
+_MATRICES = {"fused": 0, "attend": 0, "written out": 4, "activate": 8, "direct": 12}
 
 
 class AttentionCore(nn.Module):
     """From query, key and value to the attended values, each (B, heads, N, d), without the linear layers around it.
 
-    "direct" is equation 2 as written, KArAtOperator.activate: features of all harmonics, Φ̂[A], the activated N×N matrix
-    W Φ̂[A], and its product with the values, all kept by autograd. Relative positions are added to softmax's scores by
+    "direct" is equation 2 as written: features of all harmonics in one tensor, Φ̂[A], the activated N×N matrix W Φ̂[A],
+    and its product with the values, all kept by autograd. "activate" is KArAtOperator.activate and that product, which
+    keeps no features. Relative positions are added to softmax's scores by
     Detectron2's formula, as a bias that is written out; scaled_dot_product_attention takes them in no other way.
 
     Args:
@@ -173,7 +175,18 @@ class AttentionCore(nn.Module):
             bias = Bias(None, *rel_pos_terms(query, self.rel_pos_h, self.rel_pos_w))
         if self.evaluation == "attend":
             return self.operator.attend(query, key, value, bias)
-        return self.operator.activate(bias.add_to((query * scale) @ key.transpose(-2, -1))) @ value
+        scores = bias.add_to((query * scale) @ key.transpose(-2, -1))
+        activated = self.operator.activate(scores) if self.evaluation == "activate" else self._direct(scores)
+        return activated @ value
+
+    def _direct(self, scores: Tensor) -> Tensor:
+        operator = self.operator
+        harmonics = torch.arange(1, operator.config.grid_size + 1, device=scores.device)
+        phases = scores.unsqueeze(-1) * harmonics
+        features = torch.cat([phases.cos(), phases.sin()], dim=-1)  # (B, heads, N, N, 2G)
+        coefficients = operator.coefficients.flatten(1, 2) * operator.series_scale
+        units = torch.einsum("bhkqf,hfqp->bhkp", features, coefficients)
+        return units @ (operator.projector * operator.projector_scale).transpose(-2, -1)
 
     def _bias(self, query: Tensor) -> Tensor | None:
         """Of shape (B, heads, N, N). Detectron2's add_decomposed_rel_pos wants the scores to add it to."""
@@ -277,6 +290,7 @@ def compare_cores(shape: AttentionShape, turns: Turns) -> list[Comparison]:
         ("attend, G = 1, residual softmax", SDPA),
         ("attend, G = 3", SDPA),
         ("attend, G = 3", "direct, G = 3"),
+        ("attend, G = 3", "activate, G = 3"),
     ):
         label = f"{variant}: forward + backward, {shape}"
         rows.append(Comparison(label, over, seconds[variant], seconds[over], "ms"))
