@@ -207,7 +207,7 @@ def _fourier_sums(
             scores = chunks.scores(query[chunk].flatten(0, 1), key[heads, items].flatten(0, 1), scale, bias, chunk)
             if value is not None:
                 highest = scores.amax(dim=1, keepdim=True)
-                exponentials = torch.sub(scores, highest, out=chunks.memory(1, scores.shape)).exp_()
+                exponentials = torch.sub(scores, highest, out=chunks.memory(3, scores.shape)).exp_()
                 totals = exponentials.sum(dim=1, keepdim=True)
                 chunk_attended = attended[chunk].flatten(0, 1)
                 _add_product(chunk_attended, exponentials.mT, value[heads, items].flatten(0, 1), keep=False)
