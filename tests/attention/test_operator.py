@@ -466,6 +466,14 @@ def test_another_number_of_tokens_is_refused():
         operator.activate(torch.zeros(1, 16, 16))
 
 
+def test_terms_of_another_grid_are_refused():
+    operator = KArAtOperator(1, 9, KArAtConfig(rank=2))
+    inputs = [torch.zeros(1, 9, 4) for _ in range(3)]
+    for bias in (Bias(None, torch.zeros(1, 9, 2), torch.zeros(1, 9, 4)), Bias(None, torch.zeros(1, 9, 9))):
+        with pytest.raises(ValueError, match="It must have both, for a grid of rows · columns = 9 tokens"):
+            operator.attend(*inputs, bias)
+
+
 def test_parameter_count_is_2g_plus_1_times_n_r_per_head():
     operator = KArAtOperator(3, 196, KArAtConfig(grid_size=3, rank=12))
     assert sum(parameter.numel() for parameter in operator.parameters()) == 3 * (2 * 3 + 1) * 196 * 12
