@@ -2,7 +2,7 @@
 
 Of `fourier_sums` autograd keeps query, key, bias and coefficients: the scores, their sines and their cosines are formed
 again in the backward pass. Both passes work in chunks that fit the processor's cache, so that memory grows with N, not
-with N². `by_rows` does as much for any other function of rows.
+with N². Residual softmax comes from the same chunks. `by_rows` does as much for any other function of rows.
 """
 
 import math
@@ -207,7 +207,7 @@ def _fourier_sums(
             scores = chunks.scores(query[chunk].flatten(0, 1), key[heads, items].flatten(0, 1), scale, bias, chunk)
             if value is not None:
                 highest = scores.amax(dim=1, keepdim=True)
-                exponentials = torch.sub(scores, highest, out=chunks.memory(1, scores.shape)).exp_()
+                exponentials = torch.sub(scores, highest, out=chunks.memory(3, scores.shape)).exp_()
                 totals = exponentials.sum(dim=1, keepdim=True)
                 chunk_attended = attended[chunk].flatten(0, 1)
                 _add_product(chunk_attended, exponentials.mT, value[heads, items].flatten(0, 1), keep=False)
@@ -270,6 +270,7 @@ def _fourier_sums_backward(
                 log_total = log_totals[chunk].flatten(0, 1).unsqueeze(1)
                 softmax = torch.sub(scores, log_total, out=scores_gradient).exp_()
                 _add_product(value_gradient[heads, items].flatten(0, 1), softmax, chunk_gradient, keep=rows.start > 0)
+                # Of softmax P and dP = dO Vᵀ: dA = P ∘ (dP − Σ_q P dP), and that sum is dO · O.
                 mean = (chunk_gradient * attended[chunk].flatten(0, 1)).sum(dim=-1).unsqueeze(1)
                 torch.baddbmm(mean, value[heads, items].flatten(0, 1), chunk_gradient.mT, beta=-1, out=product)
                 scores_gradient = softmax.mul_(product)
@@ -394,7 +395,10 @@ class _Chunks:
         if bias.full is not None:
             part = _part(bias.full, chunk).mT.contiguous()
             by_head = scores.view(self.shape(chunk))
-            by_head = by_head.copy_(part) if bias.vertical is None else by_head.add_(part)
+            if bias.vertical is None:
+                by_head.copy_(part)
+            else:
+                by_head += part
         has_bias = bias.full is not None or bias.vertical is not None
         _add_product(scores, key, query.mT, scale, keep=has_bias)
         return scores

@@ -260,7 +260,7 @@ class KArAtOperator(nn.Module):
 
         The N×N matrix σ̂(A) and its product with V do not appear, unless there is a mask or the simplex projection, and
         the scores are not kept for the backward pass. Scores and phases of KArAt heads are float32 under autocast,
-        since m · A in bfloat16 is noise; softmax is computed in value's type.
+        since m · A in bfloat16 is noise; what softmax does not take from these scores is computed in value's type.
 
         Args:
             query, key, value: of shape (..., heads, N, d).
@@ -271,10 +271,19 @@ class KArAtOperator(nn.Module):
 
         Returns:
             A tensor of value's shape and dtype.
+
+        Raises:
+            ValueError: there are not N tokens, in query and key or in the grid of a Bias.
         """
         self._check_tokens(key.shape[-2])
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         bias = bias if isinstance(bias, Bias) else Bias(bias)
+        sides = [0 if term is None else term.shape[-1] for term in (bias.vertical, bias.horizontal)]
+        if any(sides) and math.prod(sides) != self.num_tokens:
+            raise ValueError(
+                f"The bias has vertical terms for {sides[0]} rows and horizontal ones for {sides[1]} columns. It must "
+                f"have both, for a grid of rows · columns = {self.num_tokens} tokens."
+            )
         with torch.autocast(query.device.type, enabled=False):
             if mask is not None or self.config.projection == "simplex":
                 exact = at_least_float32(value)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from karat_det.attention import KArAtConfig, KArAtOperator, functional
-from karat_det.attention.functional import by_rows, fourier_sums
+from karat_det.attention.functional import Bias, by_rows, fourier_sums
 
 
 def plain_fourier_sums(query, key, coefficients, scale, bias=None):
@@ -21,6 +21,24 @@ def plain_fourier_sums(query, key, coefficients, scale, bias=None):
         for part, wave in enumerate((torch.cos, torch.sin))
     ]
     return sum(terms)
+
+
+def plain_sums_and_softmax(query, key, coefficients, scale, value, full=None, vertical=None, horizontal=None):
+    """Both results in one tensor, with the terms of a bias written out key by key."""
+    bias = 0.0 if full is None else full
+    if vertical is not None:
+        width = horizontal.shape[-1]
+        keys = range(vertical.shape[-1] * width)
+        bias = bias + torch.stack([vertical[..., q // width] + horizontal[..., q % width] for q in keys], dim=-1)
+    scores = scale * query @ key.transpose(-2, -1) + bias
+    sums = plain_fourier_sums(query, key, coefficients, scale, bias)
+    weights = scores.exp() / scores.exp().sum(dim=-1, keepdim=True)
+    return torch.cat([sums, weights @ value], dim=-1)
+
+
+def sums_and_softmax(query, key, coefficients, scale, value, full=None, vertical=None, horizontal=None):
+    bias = Bias(full, vertical, horizontal)
+    return torch.cat(fourier_sums(query, key, coefficients, scale, bias, value), dim=-1)
 
 
 def normal(*shape):
@@ -48,6 +66,28 @@ def test_chunks_of_any_size_give_the_same_sums(monkeypatch, chunk_size, grid_siz
     monkeypatch.setattr(functional, "_chunk_size", lambda device: chunk_size)
     inputs = normal(3, 2, 6, 4), normal(3, 2, 10, 4), normal(2, 2, grid_size, 10, 3), 0.7, normal(3, 2, 6, 10)
     assert_equal_with_gradients(fourier_sums, plain_fourier_sums, inputs)
+
+
+@pytest.mark.parametrize("chunk_size", [10**6, 120, 60, 45, 10, 3])
+@pytest.mark.parametrize("grid_size", [1, 3])
+@pytest.mark.parametrize("full_shape", [None, (3, 2, 6, 10), (2, 1, 10), (1, 6, 1)])
+def test_terms_of_a_grid_and_softmax_in_chunks_of_any_size(monkeypatch, chunk_size, grid_size, full_shape):
+    torch.manual_seed(grid_size)
+    monkeypatch.setattr(functional, "_chunk_size", lambda device: chunk_size)
+    query, key, value = normal(3, 2, 6, 4), normal(3, 2, 10, 4), normal(3, 2, 10, 5)
+    coefficients, vertical, horizontal = normal(2, 2, grid_size, 10, 3), normal(3, 2, 6, 2), normal(3, 2, 6, 5)
+    full = None if full_shape is None else normal(*full_shape)
+    inputs = query, key, coefficients, 0.7, value, full, vertical, horizontal
+    assert_equal_with_gradients(sums_and_softmax, plain_sums_and_softmax, inputs)
+    assert_equal_with_gradients(sums_and_softmax, plain_sums_and_softmax, inputs[:5])
+
+    def without_value(sums):
+        return lambda *inputs: sums(*inputs[:4], value.detach(), *inputs[4:])[..., :3]
+
+    def of_chunks(query, key, coefficients, scale, full, vertical, horizontal):
+        return fourier_sums(query, key, coefficients, scale, Bias(full, vertical, horizontal))
+
+    assert_equal_with_gradients(of_chunks, without_value(plain_sums_and_softmax), inputs[:4] + inputs[5:])
 
 
 @pytest.mark.parametrize("batch", [(), (3,), (2, 2)])
@@ -81,6 +121,28 @@ def test_any_shape_gives_the_plain_sums(batch, sizes, grid_size, chunk_size, see
         )
 
 
+@given(
+    batch=st.lists(st.integers(1, 3), max_size=2),
+    sizes=st.tuples(*(st.integers(1, 3), st.integers(1, 7), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))),
+    widths=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    chunk_size=st.integers(1, 200),
+    seed=st.integers(0, 999),
+)
+@settings(deadline=None, max_examples=50)
+def test_any_shape_gives_the_plain_sums_and_softmax_with_terms_of_a_grid(batch, sizes, widths, chunk_size, seed):
+    torch.manual_seed(seed)
+    heads, rows, height, width, rank = sizes
+    query, key, value = (
+        normal(*batch, heads, n, d)
+        for n, d in ((rows, widths[0]), (height * width, widths[0]), (height * width, widths[1]))
+    )
+    terms = normal(*batch, heads, rows, height), normal(*batch, heads, rows, width)
+    inputs = query, key, normal(heads, 2, 2, height * width, rank), 0.8, value, None, *terms
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(functional, "_chunk_size", lambda device: chunk_size)
+        assert_equal_with_gradients(sums_and_softmax, plain_sums_and_softmax, inputs)
+
+
 @pytest.fixture
 def threads():
     """Sets the number of threads for one test."""
@@ -100,6 +162,22 @@ def test_heads_may_be_shared_among_threads(threads, num_threads, bias_heads):
     assert torch.get_num_threads() == num_threads
     with torch.inference_mode():
         torch.testing.assert_close(fourier_sums(*inputs), plain_fourier_sums(*inputs))
+
+
+def test_heads_shared_among_threads_give_softmax_and_terms_of_a_grid(threads):
+    torch.manual_seed(0)
+    query, key, value, terms = (
+        normal(2, 3, 6, 4),
+        normal(2, 3, 6, 4),
+        normal(2, 3, 6, 4),
+        (
+            normal(2, 3, 6, 2),
+            normal(2, 3, 6, 3),
+        ),
+    )
+    threads(2)
+    inputs = query, key, normal(3, 2, 2, 6, 3), 0.7, value, None, *terms
+    assert_equal_with_gradients(sums_and_softmax, plain_sums_and_softmax, inputs)
 
 
 def test_an_error_in_a_thread_is_not_lost_and_their_number_stays(threads):
@@ -135,6 +213,29 @@ def test_gradients_pass_gradcheck():
     torch.manual_seed(2)
     inputs = normal(2, 2, 3, 2), normal(2, 2, 4, 2), normal(2, 2, 3, 4, 2), 0.7, normal(2, 1, 4)
     assert torch.autograd.gradcheck(fourier_sums, inputs)
+    inputs = *inputs[:4], normal(2, 2, 4, 3), normal(2, 1, 4), normal(2, 2, 3, 2), normal(2, 2, 3, 2)
+    assert torch.autograd.gradcheck(sums_and_softmax, inputs)
+
+
+def test_it_is_differentiable_once():
+    query, coefficients = normal(2, 3, 4), normal(2, 2, 2, 3, 3)
+    sums = fourier_sums(query, query, coefficients, 0.5)
+    (gradient,) = torch.autograd.grad(sums.square().sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_softmax_of_huge_scores_is_finite():
+    """Of which the exponentials, and those of 1e4 less, are not."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 5, 4, requires_grad=True) for _ in range(3))
+    coefficients, bias = torch.zeros(2, 2, 1, 5, 3), torch.tensor([1e4, -1e4])[:, None, None]
+    _, attended = fourier_sums(query, key, coefficients, 300.0, bias, value)
+    expected = (300.0 * query @ key.mT + bias).softmax(dim=-1) @ value
+    torch.testing.assert_close(attended, expected, atol=1e-3, rtol=1e-3)
+    gradients = [torch.autograd.grad(x.sum(), (query, key, value)) for x in (attended, expected)]
+    for gradient, expected_gradient in zip(*gradients, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient, atol=0.05, rtol=0.01)
 
 
 @pytest.mark.parametrize("wanted", [True, False])
@@ -219,6 +320,15 @@ def test_attend_keeps_fewer_bytes_than_softmax_attention(grid_size):
     assert bytes_kept(operator.attend, *inputs) <= 0.9 * softmax
 
 
+def test_attend_keeps_no_bias_that_is_written_out():
+    operator = KArAtOperator(12, 196, KArAtConfig(residual="softmax"))
+    inputs = [torch.randn(8, 12, 196, 64, requires_grad=True) for _ in range(3)]
+    terms = [torch.randn(8, 12, 196, 14, requires_grad=True) for _ in range(2)]
+    softmax = bytes_kept(torch.nn.functional.scaled_dot_product_attention, *inputs)
+    kept = bytes_kept(lambda *inputs: operator.attend(*inputs[:3], Bias(None, *inputs[3:])), *inputs, *terms)
+    assert kept <= 1.15 * softmax + sum(term.untyped_storage().nbytes() for term in terms)
+
+
 @pytest.mark.parametrize("fields", [{"basis": basis} for basis in ("bspline", "rational", "morlet")] + [
     {"basis": "rational", "order": "project_before"},
     {"basis": "rational", "order": "two_operators"},
@@ -239,14 +349,16 @@ def test_attend_keeps_neither_scores_nor_functions_of_them(fields):
 PEAK = """
 import ctypes, sys, torch
 from karat_det.attention import KArAtConfig, KArAtOperator, functional
+from karat_det.attention.functional import Bias
 
 def read(key):
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) / 1024 for line in status if line.startswith(key))
 
-def added(num_tokens, **fields):
+def added(num_tokens, grid=(), **fields):
     operator = KArAtOperator(1, num_tokens, KArAtConfig(**fields))
     inputs = [torch.randn(1, 1, num_tokens, 16, requires_grad=True) for _ in range(3)]
+    inputs.append(Bias(None, *(torch.randn(1, 1, num_tokens, side, requires_grad=True) for side in grid)))
     ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
@@ -254,8 +366,9 @@ def added(num_tokens, **fields):
     operator.attend(*inputs).sum().backward()
     return read("VmHWM") - before
 
-added(64), added(64, basis="rational")
+added(64), added(64, (8, 8), residual="softmax"), added(64, basis="rational")
 fourier = added(2048), added(4096)
+fourier += added(2048, (32, 64), residual="softmax"), added(4096, (64, 64), residual="softmax")
 functional._chunk_size = lambda device, per_thread: 2**16
 print(*fourier, added(512, basis="rational"), added(1024, basis="rational"))
 """
@@ -265,8 +378,9 @@ print(*fourier, added(512, basis="rational"), added(1024, basis="rational"))
 def test_peak_memory_grows_with_n_and_not_with_its_square():
     """In megabytes of the process, since what is freed in small pieces is not always given back."""
     output = subprocess.run([sys.executable, "-c", PEAK], check=True, capture_output=True, text=True).stdout
-    half, whole, rational_half, rational_whole = (float(word) for word in output.split())
-    assert whole < 2.3 * half
-    assert whole < 4096**2 * 4 / 2**20, "a matrix of scores"
+    *fourier, rational_half, rational_whole = (float(word) for word in output.split())
+    for half, whole in (fourier[:2], fourier[2:]):
+        assert whole < 2.3 * half
+        assert whole < 4096**2 * 4 / 2**20, "a matrix of scores"
     assert rational_whole < 2.3 * rational_half
     assert rational_whole < 1024**2 * 12 * 4 / 2**20, "N²·r"

@@ -111,6 +111,7 @@ def test_sizes_that_do_not_fit_are_refused():
     "fields",
     [
         {"base_function": "gelu"},
+        {"residual": "softmax"},
         {"basis": "rational", "residual": "softmax", "num_karat_heads": 1},
         {"basis": "dog", "order": "two_operators", "projection": "simplex"},
     ],

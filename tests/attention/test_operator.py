@@ -14,6 +14,7 @@ from scipy.optimize import minimize
 
 from karat_det.attention import KArAtConfig, KArAtOperator, functional
 from karat_det.attention import operator as operator_module
+from karat_det.attention.functional import Bias
 from karat_det.attention.operator import project_on_simplex
 
 FAMILY = [
@@ -125,6 +126,48 @@ def test_a_bias_is_broadcast_to_the_scores(fields, shape):
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("full_shape", [None, (2, 1, 6, 6)], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"grid_size": 3, "base_function": "gelu", "residual": "softmax"},
+        {"residual": "softmax", "num_karat_heads": 2},
+        {"num_karat_heads": 1},
+        {"projection": "simplex"},
+        {"basis": "rational"},
+        {"basis": "bspline", "residual": "softmax"},
+        {"order": "project_before"},
+        {"basis": "dog", "order": "project_before", "num_karat_heads": 2},
+        {"order": "two_operators", "residual": "softmax"},
+        {"rank": None},
+        {"rank": None, "basis": "morlet", "residual": "softmax"},
+    ],
+    ids=str,
+)
+def test_terms_of_a_grid_are_added_to_the_scores_of_its_rows_and_columns(monkeypatch, fields, full_shape):
+    torch.manual_seed(3)
+    operator = make_operator(3, 6, **{"rank": 2, **fields})
+    query, key, value, vertical, horizontal = (
+        torch.randn(2, 3, 6, width, dtype=torch.float64, requires_grad=True) for width in (4, 4, 5, 2, 3)
+    )
+    full = None if full_shape is None else torch.randn(full_shape, dtype=torch.float64, requires_grad=True)
+    written_out = torch.stack([vertical[..., q // 3] + horizontal[..., q % 3] for q in range(6)], dim=-1)
+    scores = query @ key.transpose(-2, -1) / 2 + written_out + (0.0 if full is None else full)
+    monkeypatch.setattr(functional, "_chunk_size", lambda device, per_thread=0: 2 * 3 * 2 * 6)
+    attended = operator.attend(query, key, value, Bias(full, vertical, horizontal))
+    direct = operator.activate(scores) @ value
+    torch.testing.assert_close(attended, direct)
+    wanted = [x for x in (query, key, value, full, vertical, horizontal) if x is not None] + [*operator.parameters()]
+    gradients = [torch.autograd.grad(output.square().sum(), wanted) for output in (attended, direct)]
+    for gradient, direct_gradient in zip(*gradients, strict=True):
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(gradient, direct_gradient)
+    mask = make_mask(6, 6)
+    masked = operator.attend(query, key, value, Bias(full, vertical, horizontal), mask=mask)
+    torch.testing.assert_close(masked, operator.activate(scores, mask) @ value)
+
+
 @given(
     batch=st.lists(st.integers(1, 3), max_size=2),
     heads=st.integers(1, 3),
@@ -204,13 +247,29 @@ def test_attend_has_the_default_scale_of_scaled_dot_product_attention():
     )
 
 
-def test_attend_never_forms_the_activated_matrix():
-    """No product ends in (N, N) but the scores: so the multiply-adds are those of the reassociated form."""
-    operator = KArAtOperator(1, 64, KArAtConfig(rank=2))
+@pytest.mark.parametrize("residual", ["none", "softmax"])
+@pytest.mark.parametrize("with_terms", [False, True])
+def test_attend_never_forms_the_activated_matrix(residual, with_terms):
+    """No product ends in (N, N) but the scores: so the multiply-adds are those of the reassociated form.
+
+    Terms of a grid are added, not multiplied. Softmax, of the same scores, has one more product, that with the values.
+    """
+    operator = KArAtOperator(1, 64, KArAtConfig(rank=2, residual=residual))
     query, key, value = (torch.randn(1, 1, 64, 8) for _ in range(3))
-    counted = FlopCountAnalysis(MethodCall(operator, "attend"), (query, key, value)).total()
+    terms = [torch.randn(1, 1, 64, 8) for _ in range(2)] if with_terms else []
+    counted = FlopCountAnalysis(TermsAttend(operator), (query, key, value, *terms)).total()
     scores, features, mixed_values, output = 64 * 64 * 8, 2 * 64 * 64 * 2, 2 * 64 * 8, 64 * 2 * 8
-    assert counted == scores + features + mixed_values + output
+    softmax = 64 * 64 * 8 if residual == "softmax" else 0
+    assert counted == scores + features + mixed_values + output + softmax
+
+
+class TermsAttend(torch.nn.Module):
+    def __init__(self, operator):
+        super().__init__()
+        self.operator = operator
+
+    def forward(self, query, key, value, *terms):
+        return self.operator.attend(query, key, value, Bias(None, *terms))
 
 
 @pytest.mark.parametrize("fields", FAMILY)
@@ -407,6 +466,14 @@ def test_another_number_of_tokens_is_refused():
         operator.activate(torch.zeros(1, 16, 16))
 
 
+def test_terms_of_another_grid_are_refused():
+    operator = KArAtOperator(1, 9, KArAtConfig(rank=2))
+    inputs = [torch.zeros(1, 9, 4) for _ in range(3)]
+    for bias in (Bias(None, torch.zeros(1, 9, 2), torch.zeros(1, 9, 4)), Bias(None, torch.zeros(1, 9, 9))):
+        with pytest.raises(ValueError, match="It must have both, for a grid of rows · columns = 9 tokens"):
+            operator.attend(*inputs, bias)
+
+
 def test_parameter_count_is_2g_plus_1_times_n_r_per_head():
     operator = KArAtOperator(3, 196, KArAtConfig(grid_size=3, rank=12))
     assert sum(parameter.numel() for parameter in operator.parameters()) == 3 * (2 * 3 + 1) * 196 * 12
@@ -505,3 +572,16 @@ def test_the_kernel_takes_over_where_it_can_run_unless_it_is_switched_off(monkey
     attended = operator.attend(query, key, value)
     assert bool(called) == (triton and can_run)
     torch.testing.assert_close(attended, operator.activate(query @ key.mT / 2) @ value)
+
+    # The kernel gets terms of a grid as channels, in float32.
+    called.clear()
+    vertical, horizontal, full = torch.randn(3, 2, 6, 2), torch.randn(3, 2, 6, 3), torch.randn(6, 6)
+    bias = Bias(full, vertical, horizontal)
+    inputs = query.bfloat16(), key.bfloat16(), value
+    attended = operator.attend(*inputs, bias)
+    scores = bias.add_to(inputs[0].float() @ inputs[1].float().mT / 2)
+    torch.testing.assert_close(attended, operator.activate(scores) @ value)
+    for query, key, _, _, full_bias in called:
+        assert query.shape == key.shape == (3, 2, 6, 4 + 2 + 3)
+        assert query.dtype == key.dtype == torch.float32
+        assert isinstance(full_bias, torch.Tensor)
