@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""Trains the variants of a study over seeds and starts, and ends with a table and a plot of their AP.
+"""Trains the variants of a study over seeds and starts, and makes a table and a plot of their AP.
 
 Usage: python tools/study.py --study studies/digits.yaml --output output/studies/digits
-A run that is finished is not repeated, an interrupted one goes on: give the same command again.
+Table and plot are written anew after each run. A run that is finished is not repeated, an interrupted one goes on: give
+the same command again.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import karat_det  # noqa: F401  before Detectron2, whose imports warn of their o
 import torch
 from detectron2.utils.logger import setup_logger
 
-from karat_det.analysis.study import Study, run_study, write_report
+from karat_det.analysis.study import Study, run_study
 
 
 def main() -> None:
@@ -37,7 +38,7 @@ def main() -> None:
     try:
         study = Study.load(args.study)
         os.makedirs(args.output, exist_ok=True)
-        print(write_report(study, run_study(study, args.output, args.jobs), args.output))
+        print(run_study(study, args.output, args.jobs))
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     print(f"Written to {args.output}: table.md, plot.png, results.json")

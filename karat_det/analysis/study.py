@@ -18,7 +18,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,8 +97,8 @@ class Study:
                     yield variant, start, seed
 
 
-def run_study(study: Study, output_dir: str | Path, jobs: int) -> list[dict[str, Any]]:
-    """Trains and evaluates every run that has no result yet, several at a time.
+def run_study(study: Study, output_dir: str | Path, jobs: int) -> str:
+    """Trains and evaluates every run that has no result yet, several at a time, and writes the report after each.
 
     A run is a folder of its own, with its console in console.txt. One that was interrupted goes on from its last
     checkpoint. One that diverged is a result.
@@ -109,7 +109,7 @@ def run_study(study: Study, output_dir: str | Path, jobs: int) -> list[dict[str,
         jobs: how many runs go on at a time; each has a GPU, or else a core.
 
     Returns:
-        For each run a dict with variant, start, seed, and "segm/AP" and "bbox/AP" in percent, NaN if it diverged.
+        The table of `write_report`.
 
     Raises:
         RuntimeError: a run failed otherwise.
@@ -135,7 +135,9 @@ def run_study(study: Study, output_dir: str | Path, jobs: int) -> list[dict[str,
         weights = {start: pool.submit(train_start, start) for start, settings in study.starts.items() if settings}
         futures = [pool.submit(train, index % jobs, *run) for index, run in enumerate(study.runs())]
         try:
-            return [future.result() for future in futures]
+            for _ in as_completed(futures):
+                table = write_report(study, [future.result() for future in futures if future.done()], output_dir)
+            return table
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -144,24 +146,27 @@ def run_study(study: Study, output_dir: str | Path, jobs: int) -> list[dict[str,
 def write_report(study: Study, results: list[dict[str, Any]], output_dir: str | Path) -> str:
     """Writes results.json, table.md and plot.png.
 
+    Args:
+        study: what was trained.
+        results: for each run that has ended a dict with variant, start, seed, and "segm/AP" and "bbox/AP" in percent,
+            NaN if it diverged.
+        output_dir: folder of the study.
+
     Returns:
         The table, in Markdown: for each variant and start the mean of the seeds, their standard deviation, and the mean
-        difference of mask AP to the first variant at the same seeds.
+        difference of mask AP to the first variant at the same seeds; and how many seeds that are, if not yet all.
     """
     output_dir = Path(output_dir)
     (output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     values = {
         (start, variant, metric): np.array(
-            [
-                r[metric]
-                for r in sorted(results, key=lambda r: r["seed"])
-                if (r["start"], r["variant"]) == (start, variant)
-            ]
+            [r[metric] for r in results if (r["start"], r["variant"]) == (start, variant)]
         )
         for start in study.starts
         for variant in study.variants
         for metric in _METRICS
     }
+    mask_ap = {(r["start"], r["variant"], r["seed"]): r["segm/AP"] for r in results}
     baseline = next(iter(study.variants))
     header = ["variant"]
     for start in study.starts:
@@ -170,12 +175,17 @@ def write_report(study: Study, results: list[dict[str, Any]], output_dir: str | 
     for variant in study.variants:
         row = [variant]
         for start in study.starts:
-            mask_ap = values[start, variant, "segm/AP"]
-            row.append(_mean_and_deviation(mask_ap))
-            differences = mask_ap - values[start, baseline, "segm/AP"]
+            differences = np.array(
+                [
+                    mask_ap[start, variant, seed] - mask_ap[start, baseline, seed]
+                    for seed in study.seeds
+                    if {(start, variant, seed), (start, baseline, seed)} <= mask_ap.keys()
+                ]
+            )
             differences = differences[np.isfinite(differences)]
+            row.append(_mean_and_deviation(values[start, variant, "segm/AP"], len(study.seeds)))
             row.append("" if variant == baseline or not len(differences) else f"{differences.mean():+.1f}")
-            row.append(_mean_and_deviation(values[start, variant, "bbox/AP"]))
+            row.append(_mean_and_deviation(values[start, variant, "bbox/AP"], len(study.seeds)))
         rows.append(row)
     table = tabulate(rows, header, tablefmt="github", disable_numparse=True)
     (output_dir / "table.md").write_text(table + "\n", encoding="utf-8")
@@ -183,13 +193,20 @@ def write_report(study: Study, results: list[dict[str, Any]], output_dir: str | 
     return table
 
 
-def _mean_and_deviation(values: np.ndarray) -> str:
+def _mean_and_deviation(values: np.ndarray, num_seeds: int) -> str:
+    if not len(values):
+        return "not yet run"
     finite = values[np.isfinite(values)]
-    if not len(finite):
-        return "diverged"
-    text = f"{finite.mean():.1f}" + (f" ± {finite.std(ddof=1):.1f}" if len(finite) > 1 else "")
     diverged = len(values) - len(finite)
-    return text + (f" ({diverged} of {len(values)} diverged)" if diverged else "")
+    notes = []
+    if len(values) < num_seeds:
+        notes.append(f"{len(values)} of {num_seeds} seeds")
+    if diverged and len(finite):
+        notes.append(f"{diverged} of {len(values)} diverged")
+    text = "diverged"
+    if len(finite):
+        text = f"{finite.mean():.1f}" + (f" ± {finite.std(ddof=1):.1f}" if len(finite) > 1 else "")
+    return text + (f" ({', '.join(notes)})" if notes else "")
 
 
 def _plot(study: Study, values: dict, path: Path) -> None:

@@ -112,3 +112,18 @@ def test_a_baseline_that_always_diverges_compares_with_nothing(content, tmp_path
     ]
     row = write_report(study, results, tmp_path).splitlines()[3]
     assert [cell.strip() for cell in row.split("|")[2:4]] == ["1.0 ± 0.0", ""]
+
+
+def test_a_study_that_is_under_way_compares_the_seeds_that_both_have(content, tmp_path):
+    study = load(content, tmp_path)
+    figures = {("softmax", 1): 40.0, ("softmax", 2): 50.0, ("G3B", 2): 51.0}
+    results = [
+        {"variant": variant, "start": "random", "seed": seed, "segm/AP": mask_ap, "bbox/AP": 1.0}
+        for (variant, seed), mask_ap in figures.items()
+    ]
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in write_report(study, results, tmp_path).split("\n")
+    ]
+    assert rows[2][1] == "45.0 ± 7.1"
+    assert rows[3][1:4] == ["51.0 (1 of 2 seeds)", "+1.0", "1.0 (1 of 2 seeds)"]
+    assert rows[3][4:] == ["not yet run", "", "not yet run"]
