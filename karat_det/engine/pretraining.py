@@ -179,9 +179,12 @@ class Pretrainer(TrainerBase):
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of epoch after epoch. What is drawn in one depends on SEED and its number alone."""
+        seed, world_size = self.cfg.SEED, comm.get_world_size()
         for epoch in itertools.count(self.start_iter // self.epoch_length):
-            random_seed(self.cfg.SEED + epoch * comm.get_world_size(), comm.get_rank())
-            if comm.get_world_size() > 1:
+            # Far apart, so that a seed's epochs are not those of the seed before.
+            random_seed(seed * 1_000_003 % 2**31 + epoch * world_size, comm.get_rank())
+            if world_size > 1:
+                self.loader.sampler.seed = seed
                 self.loader.sampler.set_epoch(epoch)
             yield from self.loader
 
