@@ -16,10 +16,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # $(call step,what is done,command): says what is done, does it, says how long it took.
 step = @echo "==> $(1)"; start=$$(date +%s); $(2) && echo "==> Done in $$(( $$(date +%s) - start )) s"
 
-.PHONY: help install demo test lint
+.PHONY: help install demo demo-pretrained test lint
 
 help:
 	@echo "make demo     install, train the quickstart config on the embedded dataset, evaluate it and draw its masks"
+	@echo "make demo-pretrained"
+	@echo "              pretrain a classifier on crops of the digits, and show what a detector gains by its weights"
 	@echo "make install  install everything into .venv (some 3 GB to download, 6 GB on disk); a second run does nothing"
 	@echo "make test     install, then run the test suite in up to 4 processes (ARGS='-k name' picks tests)"
 	@echo "make lint     install, then run the linter"
@@ -29,6 +31,9 @@ install: $(STAMP)
 
 demo: $(STAMP)
 	@$(VENV_PYTHON) tools/demo.py
+
+demo-pretrained: $(STAMP)
+	@$(VENV_PYTHON) tools/demo_pretrained.py
 
 test: $(STAMP)
 	@$(VENV_PYTHON) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)

@@ -116,8 +116,10 @@ def add_karat_config(cfg: CN) -> None:
 
 def pretrain_config() -> CfgNode:
     """Every YAML key of the pretraining of classifiers, with its default."""
-    cfg = CfgNode()
-    cfg.MODEL = CfgNode()
+    cfg = CN()
+    # Of Detectron2's config files.
+    cfg.VERSION = 2
+    cfg.MODEL = CN()
     # Name of a ViT, ConViT or Swin in timm.
     cfg.MODEL.NAME = "vit_tiny_patch16_224"
     # What differs from timm's model of that name; None is its own. Sides of the image and of a patch, in pixels; width,
@@ -129,8 +131,92 @@ def pretrain_config() -> CfgNode:
     cfg.MODEL.NUM_HEADS = None
     # Stochastic depth of the last block; it rises linearly from 0 in the first.
     cfg.MODEL.DROP_PATH_RATE = None
+    # How the weights of a ViT start: "" is timm's own, of deviation 0.02; "jax" is the original ViT's, Xavier's, with
+    # which a narrow one learns sooner.
+    cfg.MODEL.WEIGHT_INIT = ""
     _add_operator(cfg.MODEL)
+    _add_pretraining(cfg)
     return cfg
+
+
+def _add_pretraining(cfg: CfgNode) -> None:
+    """Adds to `pretrain_config` all that is not the model: the recipe of the paper for ViT on ImageNet-1K."""
+    # As in Detectron2. Where there is no GPU it becomes "cpu".
+    cfg.MODEL.DEVICE = "cuda"
+    # A file of --init-from with keys or shapes that the model does not have stops the run, unless this is False. A head
+    # for another number of classes is left out at any rate.
+    cfg.MODEL.WEIGHTS_STRICT = True
+
+    cfg.DATA = CN()
+    # "folder": images in train/<class>/ and val/<class>/. "huggingface": what datasets.DatasetDict.save_to_disk wrote.
+    # "digits": crops of the embedded digits, made where they are missing. Or the name of a dataset of torchvision that
+    # is on the disk: "CIFAR10", "CIFAR100", "Flowers102", "STL10", "SVHN".
+    cfg.DATA.NAME = "folder"
+    # The folder that holds it, which --data names.
+    cfg.DATA.ROOT = ""
+    # How many classes it must have; 0 takes as many as there are.
+    cfg.DATA.NUM_CLASSES = 0
+    # Columns of a Hugging Face dataset.
+    cfg.DATA.IMAGE_COLUMN = "image"
+    cfg.DATA.LABEL_COLUMN = "label"
+
+    cfg.DATALOADER = CN()
+    # Processes that read and augment images, for each process that trains.
+    cfg.DATALOADER.NUM_WORKERS = 8
+
+    # Augmentation, by timm. The part of an image that is cut out: its area and its ratio of width to height.
+    cfg.AUG = CN()
+    cfg.AUG.SCALE = (0.08, 1.0)
+    cfg.AUG.RATIO = (0.67, 1.5)
+    # Probability of a horizontal flip.
+    cfg.AUG.FLIP = 0.5
+    # RandAugment as timm writes it; "" is none.
+    cfg.AUG.RAND_AUGMENT = "rand-m15-n2-mstd1.0-inc1"
+    # Strength of colour jitter, without RandAugment: timm drops it beside that.
+    cfg.AUG.COLOR_JITTER = 0.4
+    # Alpha of mixup and of cutmix; 0 is none. Of two, one is drawn for each batch.
+    cfg.AUG.MIXUP = 0.8
+    cfg.AUG.CUTMIX = 1.0
+    # Probability that a batch is mixed, and that it is by cutmix: with both, each has a probability of 0.5.
+    cfg.AUG.MIX_PROB = 1.0
+    cfg.AUG.CUTMIX_PROB = 0.5
+    cfg.AUG.LABEL_SMOOTHING = 0.1
+
+    cfg.SOLVER = CN()
+    cfg.SOLVER.EPOCHS = 100
+    # Images a step, of all processes together.
+    cfg.SOLVER.IMS_PER_BATCH = 128
+    # AdamW's learning rate for 512 images a step; it is multiplied by IMS_PER_BATCH / 512.
+    cfg.SOLVER.BASE_LR = 0.0005
+    # The rate rises from WARMUP_LR for so many epochs, and falls to MIN_LR by a cosine.
+    cfg.SOLVER.WARMUP_EPOCHS = 5
+    cfg.SOLVER.WARMUP_LR = 1e-6
+    cfg.SOLVER.MIN_LR = 1e-5
+    cfg.SOLVER.BETAS = (0.9, 0.999)
+    cfg.SOLVER.EPS = 1e-6
+    # Not of norms, biases, positions and the operators' coefficients.
+    cfg.SOLVER.WEIGHT_DECAY = 0.05
+    # Decay of the moving average of the weights, which is what is evaluated and what starts a detector. 0 is none.
+    cfg.SOLVER.EMA_DECAY = 0.99992
+    # As in Detectron2; "full_model" clips by the norm of all gradients together.
+    cfg.SOLVER.CLIP_GRADIENTS = CN()
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "full_model"
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 1.0
+    cfg.SOLVER.CLIP_GRADIENTS.NORM_TYPE = 2.0
+    # bfloat16. On the CPU it is off unless the command line has it.
+    cfg.SOLVER.AMP = CN()
+    cfg.SOLVER.AMP.ENABLED = True
+
+    cfg.TEST = CN()
+    # Epochs between evaluations. The last epoch is always evaluated.
+    cfg.TEST.EVAL_PERIOD = 1
+    # Part of the height and width of a validation image that its centre crop has.
+    cfg.TEST.CROP_RATIO = 0.9
+
+    # Of weights, order of the data and augmentation. An epoch is the same in a resumed run.
+    cfg.SEED = 0
+    cfg.OUTPUT_DIR = "output/pretrain"
 
 
 def _add_operator(model: CfgNode) -> None:

@@ -13,12 +13,13 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/quickstart.yaml"
 OUTPUT = Path("output/quickstart")
-WEIGHTS = OUTPUT / "model_final.pth"
+WEIGHTS = "model_final.pth"
 PICTURES = OUTPUT / "pictures"
 DATASET = "digits_val"
 NUM_PICTURES = 24
@@ -26,34 +27,40 @@ NUM_PICTURES = 24
 
 def main() -> None:
     run_step("Making the embedded dataset", "datasets/prepare_digits.py")
-    if is_finished():
-        say(f"{OUTPUT} holds a finished run: not training again. To train anew, remove that folder.")
-    else:
-        gpus = number_of_gpus()
-        processes = 1 if gpus else number_of_cpu_processes()
-        launcher = []
-        if processes > 1:
-            # A process a core is a third faster than a thread a core.
-            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        run_step(
-            f"Training and evaluating {CONFIG} on {'one GPU' if gpus else f'the CPU, in {processes} processes'}",
-            *(*launcher, "tools/train_net.py", "--config-file", CONFIG, "--num-gpus", str(gpus), "--resume"),
-            *("OUTPUT_DIR", str(OUTPUT)),
-        )
+    train(CONFIG, OUTPUT)
     run_step(
         f"Drawing the predictions on {NUM_PICTURES} images",
-        *("tools/visualize_predictions.py", "--config-file", CONFIG, "--weights", str(WEIGHTS)),
+        *("tools/visualize_predictions.py", "--config-file", CONFIG, "--weights", str(OUTPUT / WEIGHTS)),
         *("--dataset", DATASET, "--max-images", str(NUM_PICTURES), "--output", str(PICTURES)),
     )
-
-    figures = read_average_precision()
-    if figures is None:
-        raise SystemExit(f"{OUTPUT / 'metrics.json'} has no evaluation: remove {OUTPUT} and run this again.")
-    box_ap, mask_ap = figures
+    box_ap, mask_ap = average_precision(OUTPUT)
     say(f"Done. COCO AP (the mean over IoU 0.50 to 0.95, in percent) on {DATASET}:")
     print(f"      box AP   {box_ap:.1f}")
     print(f"      mask AP  {mask_ap:.1f}")
     print(f"    Pictures, ground truth beside prediction: {ROOT / PICTURES}")
+
+
+def train(config: str, output: Path, *overrides: str) -> None:
+    """Trains and evaluates a detector, unless that is done; an interrupted run goes on."""
+    if (ROOT / output / WEIGHTS).is_file() and read_average_precision(output) is not None:
+        say(f"{output} holds a finished run: not training again. To train anew, remove that folder.")
+        return
+    run_training(f"Training and evaluating {config}", "tools/train_net.py", config, output, *overrides)
+
+
+def run_training(what: str, tool: str, config: str, output: Path, *arguments: str) -> None:
+    """Runs a command that trains, on one GPU if there is one, else in a process on each core."""
+    gpus = number_of_gpus()
+    processes = 1 if gpus else number_of_cpu_processes()
+    launcher = []
+    if processes > 1:
+        # A process a core is a third faster than a thread a core.
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    run_step(
+        f"{what} on {'one GPU' if gpus else f'the CPU, in {processes} processes'}",
+        *(*launcher, tool, "--config-file", config, "--num-gpus", str(gpus), "--resume"),
+        *("OUTPUT_DIR", str(output), *arguments),
+    )
 
 
 def run_step(what: str, *arguments: str) -> None:
@@ -89,13 +96,17 @@ def number_of_cpu_processes() -> int:
     return max(count for count in (1, 2, 4) if count <= (os.cpu_count() or 1))
 
 
-def is_finished() -> bool:
-    return (ROOT / WEIGHTS).is_file() and read_average_precision() is not None
+def average_precision(output: Path) -> tuple[float, float]:
+    """As `read_average_precision`; a run without an evaluation ends the command."""
+    figures = read_average_precision(output)
+    if figures is None:
+        raise SystemExit(f"{output / 'metrics.json'} has no evaluation: remove {output} and run this again.")
+    return figures
 
 
-def read_average_precision() -> tuple[float, float] | None:
-    """Box and mask AP, in percent, of the last evaluation in the run's metrics.json; None if there was none."""
-    metrics_file = ROOT / OUTPUT / "metrics.json"
+def read_average_precision(output: Path) -> tuple[float, float] | None:
+    """Box and mask AP, in percent, of the last evaluation in a run's metrics.json; None if there was none."""
+    metrics_file = ROOT / output / "metrics.json"
     if not metrics_file.is_file():
         return None
     figures = None
@@ -108,9 +119,14 @@ def read_average_precision() -> tuple[float, float] | None:
     return figures
 
 
-if __name__ == "__main__":
+def run(main: Callable[[], None]) -> None:
+    """Runs a demo; an interruption ends it with a word."""
     try:
         main()
     except KeyboardInterrupt:
         say("Interrupted. Run it again to go on from the last checkpoint.")
         raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    run(main)

@@ -168,7 +168,13 @@ def _checked_overrides(cfg: CfgNode) -> dict[str, int | float]:
     rate = cfg.MODEL.DROP_PATH_RATE
     if rate is not None and not (isinstance(rate, int | float) and 0 <= rate < 1):
         raise ValueError(f"MODEL.DROP_PATH_RATE is {rate!r}. It must be from 0 to below 1, or None for timm's own.")
-    return {key.lower(): value for key, value in given.items()} | ({} if rate is None else {"drop_path_rate": rate})
+    init = cfg.MODEL.WEIGHT_INIT
+    if init not in ("", "jax"):
+        raise ValueError(f"MODEL.WEIGHT_INIT is {init!r}. It must be 'jax', or '' for timm's own.")
+    if init and family is not VisionTransformer:
+        raise ValueError(f"MODEL.WEIGHT_INIT is {init!r}, which is for a ViT. For {name} it must be ''.")
+    others = ({} if rate is None else {"drop_path_rate": rate}) | ({"weight_init": init} if init else {})
+    return {key.lower(): value for key, value in given.items()} | others
 
 
 @cache  # it takes a third of a second

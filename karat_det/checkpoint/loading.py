@@ -68,6 +68,9 @@ class SafeCheckpointer(DetectionCheckpointer):
         """Saves model and checkpointables as name.pth, and names it the last checkpoint.
 
         Unlike Detectron2's it never leaves half a file under that name: the old one stands until the new one is whole.
+
+        Raises:
+            OSError: it cannot be written, as where a disk is full.
         """
         if not (self.save_dir and self.save_to_disk):
             return
@@ -75,8 +78,18 @@ class SafeCheckpointer(DetectionCheckpointer):
         path = os.path.join(self.save_dir, f"{name}.pth")
         logger.info("Saving checkpoint to %s", path)
         model = {"model": self.model.state_dict(), "token_grids": token_grids(self.model)}
-        torch.save({**model, **states, **extra}, f"{path}.partial")
-        os.replace(f"{path}.partial", path)
+        partial = f"{path}.partial"
+        try:
+            torch.save({**model, **states, **extra}, partial)
+            os.replace(partial, path)
+        except (OSError, RuntimeError) as error:  # torch's own, where a disk is full
+            raise OSError(
+                f"Cannot save {path}: {error}. Is the disk full? The checkpoint before is whole: make room, and go on "
+                "from it with --resume."
+            ) from error
+        finally:
+            if os.path.exists(partial):
+                os.remove(partial)
         self.tag_last_checkpoint(f"{name}.pth")
 
     def _load_file(self, filename: str) -> dict[str, Any]:

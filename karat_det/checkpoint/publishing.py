@@ -80,10 +80,15 @@ def write_card(weights: str, run: str, checkpoint: dict[str, Any], *, commit: st
             raise FileNotFoundError(f"--publish {run}: there is no {path}. Name the OUTPUT_DIR of a run.")
     config = config_file.read_text(encoding="utf-8")
     try:
-        datasets = yaml.safe_load(config)["DATASETS"]
-        data = {"trained on": ", ".join(datasets["TRAIN"]), "evaluated on": ", ".join(datasets["TEST"])}
+        values = yaml.safe_load(config)
+        is_classifier = "DATA" in values
+        if is_classifier:
+            data = {"trained on": f"{values['DATA']['NAME']}, {values['DATA']['ROOT']}"}
+        else:
+            datasets = values["DATASETS"]
+            data = {"trained on": ", ".join(datasets["TRAIN"]), "evaluated on": ", ".join(datasets["TEST"])}
     except (yaml.YAMLError, KeyError, TypeError) as error:
-        raise ValueError(f"{config_file} is no config of a run: it says nothing of DATASETS ({error!r}).") from error
+        raise ValueError(f"{config_file} is no config of a run: it says nothing of its data ({error!r}).") from error
     iteration, figures = _figures(metrics_file, checkpoint)
     about = {
         "file": f"`{os.path.basename(weights)}`",
@@ -100,7 +105,9 @@ def write_card(weights: str, run: str, checkpoint: dict[str, Any], *, commit: st
         "## Figures",
         tabulate(figures.items(), ("measure", "value"), tablefmt="github", floatfmt=".2f"),
         "## Config",
-        "Saved as YAML, it loads the weights with `--config-file` and `MODEL.WEIGHTS`.",
+        "Of the classifier. The weights are its backbone's, for `MODEL.WEIGHTS` of a detector."
+        if is_classifier
+        else "Saved as YAML, it loads the weights with `--config-file` and `MODEL.WEIGHTS`.",
         f"```yaml\n{config.strip()}\n```",
     ]
     card.write_text("\n\n".join(text) + "\n", encoding="utf-8")

@@ -12,6 +12,14 @@ DETECTRON2_DATASETS, or `datasets/` without it:
     digits/annotations/instances_val.json     digits/val/000001.png …       250 scenes, `digits_val`
 
 Nothing is generated at import: the first `DatasetCatalog.get` of either name does it, in about 20 seconds.
+
+For pretraining there are crops of 48 × 48 too, in a folder a class: one digit each, of 28 to 44 pixels, near the
+middle, on the same photographs. Three of four are lighter than what is beneath. In scenes half of them are: there is
+then no average of the pixels that a class shows itself by, and a classifier would need many more images to begin. The
+digits are split in the same way, so that whoever has seen the crops to train on has seen none of the digits of either
+validation set:
+
+    digit_crops/train/3/000001.png …  12,000 crops              digit_crops/val/3/000001.png …   1,000 crops
 """
 
 import json
@@ -19,6 +27,7 @@ import logging
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +41,16 @@ logger = logging.getLogger(__name__)
 
 CLASS_NAMES = [str(digit) for digit in range(10)]
 NUM_SCENES = {"train": 2000, "val": 250}
+NUM_CROPS = {"train": 12000, "val": 1000}
 SCENE_SIZE = 112
+CROP_SIZE = 48
 MAX_DIGITS = 4
 # Side in pixels to which a digit's 8 × 8 grid is enlarged, both ends included.
 MIN_SIDE, MAX_SIDE = 28, 55
+# The largest side in a crop, how far from its middle a digit may be, and the share that may also be darker.
+MAX_CROP_SIDE = 44
+MAX_SHIFT = 4
+EITHER_WAY = 0.5
 # An instance keeps at least this fraction of its ink; a digit that would hide more of an earlier one is drawn again.
 MIN_VISIBLE = 0.6
 # Difference in luma (0 to 255) between a digit and what lies beneath, kept on nine tenths of its ink.
@@ -97,7 +112,7 @@ def generate_digits(root: str | os.PathLike, num_scenes: dict[str, int] | None =
     root = Path(root)
     target = root / "digits"
     if not target.exists():
-        _generate_whole_or_not_at_all(target, num_scenes or NUM_SCENES)
+        _generate_whole_or_not_at_all(target, lambda folder: _write_dataset(folder, num_scenes or NUM_SCENES))
     for split in NUM_SCENES:
         for path in _split_paths(target, split):
             if not path.exists():
@@ -108,19 +123,38 @@ def generate_digits(root: str | os.PathLike, num_scenes: dict[str, int] | None =
     return target
 
 
+def generate_crops(root: str | os.PathLike, num_crops: dict[str, int] | None = None) -> Path:
+    """Writes the crops to `root/digit_crops`, unless they are already there; always alike, and whole or not at all.
+
+    Args:
+        root: folder that holds datasets. Made if missing.
+        num_crops: crops to draw for "train" and for "val". Default: `NUM_CROPS`.
+
+    Returns:
+        The folder, `root/digit_crops`.
+
+    Raises:
+        OSError: `root` cannot be written to.
+    """
+    target = Path(root) / "digit_crops"
+    if not target.exists():
+        _generate_whole_or_not_at_all(target, lambda folder: _write_crops(folder, num_crops or NUM_CROPS))
+    return target
+
+
 def _split_paths(folder: Path, split: str) -> tuple[Path, Path]:
     return folder / "annotations" / f"instances_{split}.json", folder / split
 
 
-def _generate_whole_or_not_at_all(target: Path, num_scenes: dict[str, int]) -> None:
+def _generate_whole_or_not_at_all(target: Path, write: Callable[[Path], None]) -> None:
     started = time.perf_counter()
-    logger.info("Generating the digits dataset in %s: once, about 20 s", target)
+    logger.info("Generating digits in %s: once, in under a minute", target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".digits-", dir=target.parent) as temporary:
             # A folder within the temporary one, because that one can be read by its owner alone.
-            draft = Path(temporary) / "digits"
-            _write_dataset(draft, num_scenes)
+            draft = Path(temporary) / target.name
+            write(draft)
             try:
                 draft.rename(target)
             except OSError:
@@ -132,18 +166,55 @@ def _generate_whole_or_not_at_all(target: Path, num_scenes: dict[str, int]) -> N
             f"Cannot write the digits dataset to {target.absolute()}: {error}. Make that folder writable, "
             "or set the environment variable DETECTRON2_DATASETS to the folder that shall hold your datasets."
         ) from error
-    logger.info("Generated the digits dataset in %s in %.1f s", target, time.perf_counter() - started)
+    logger.info("Generated digits in %s in %.1f s", target, time.perf_counter() - started)
 
 
-def _write_dataset(folder: Path, num_scenes: dict[str, int]) -> None:
+def _load_sources() -> tuple[np.ndarray, np.ndarray, list[Image.Image]]:
+    """The digits with a rim, (number of digits, 10, 10) from 0 to 1, the class of each, and the photographs."""
     # scikit-learn takes a second to import and is needed only here.
     from sklearn.datasets import load_digits, load_sample_images
 
     digits = load_digits()
-    photographs = [Image.fromarray(image) for image in load_sample_images().images]
     # The rim lets the strokes that touch the border end as smoothly as the others.
     padded = np.pad(digits.images.astype(np.float32) / 16, ((0, 0), (1, 1), (1, 1)))
-    members = split_digits(digits.target)
+    return padded, digits.target, [Image.fromarray(image) for image in load_sample_images().images]
+
+
+def _write_crops(folder: Path, num_crops: dict[str, int]) -> None:
+    padded, labels, photographs = _load_sources()
+    members = split_digits(labels)
+    for split_index, split in enumerate(NUM_CROPS):
+        for name in CLASS_NAMES:
+            (folder / split / name).mkdir(parents=True)
+        for number in range(1, num_crops[split] + 1):
+            # Scenes are drawn from seeds of three numbers, crops from four.
+            rng = np.random.default_rng([_SEED, split_index, number, CROP_SIZE])
+            index = int(rng.choice(members[split]))
+            crop = Image.fromarray(_draw_crop(rng, padded[index], photographs))
+            crop.save(folder / split / str(labels[index]) / f"{number:06d}.png", compress_level=1)
+
+
+def _draw_crop(rng: np.random.Generator, digit: np.ndarray, photographs: list[Image.Image]) -> np.ndarray:
+    """One digit on a background, (48, 48, 3) uint8."""
+    must_be_lighter = rng.random() >= EITHER_WAY
+    while True:
+        canvas = _draw_background(rng, photographs)[:CROP_SIZE, :CROP_SIZE]
+        alpha = _render_digit(digit, rng.integers(MIN_SIDE, MAX_CROP_SIDE + 1))
+        free = CROP_SIZE - np.array(alpha.shape)
+        top, left = np.clip(free // 2 + rng.integers(-MAX_SHIFT, MAX_SHIFT + 1, size=2), 0, free)
+        window = slice(top, top + alpha.shape[0]), slice(left, left + alpha.shape[1])
+        beneath = canvas[window][alpha >= 0.5]
+        color = _pick_color(rng, beneath, [])
+        # Where no such colour is found, it is tried elsewhere.
+        if color is None or (must_be_lighter and color @ _LUMA < (beneath @ _LUMA).mean()):
+            continue
+        canvas[window] += alpha[..., None] * (color - canvas[window])
+        return canvas.round().astype(np.uint8)
+
+
+def _write_dataset(folder: Path, num_scenes: dict[str, int]) -> None:
+    padded, labels, photographs = _load_sources()
+    members = split_digits(labels)
     for split_index, split in enumerate(NUM_SCENES):
         json_file, image_root = _split_paths(folder, split)
         json_file.parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +231,7 @@ def _write_dataset(folder: Path, num_scenes: dict[str, int]) -> None:
                     {
                         "id": len(annotations) + 1,
                         "image_id": image_id,
-                        "category_id": int(digits.target[index]) + 1,
+                        "category_id": int(labels[index]) + 1,
                         **_encode_mask(mask),
                         "iscrowd": 0,
                         # Which of scikit-learn's digits it is: shows that the splits share none.

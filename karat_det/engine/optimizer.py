@@ -9,7 +9,7 @@ from torch import nn
 # SOLVER.CLIP_GRADIENTS.CLIP_TYPE that clips by the total norm of all gradients; the trainer does it.
 FULL_MODEL = "full_model"
 # By the name of the parameter within its module. Norms and biases are known by having one dimension.
-_NO_WEIGHT_DECAY = (
+NO_WEIGHT_DECAY = (
     *("pos_embed", "rel_pos_h", "rel_pos_w", "absolute_pos_embed", "relative_position_bias_table"),
     *("coefficients", "outer_coefficients"),
 )
@@ -34,7 +34,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.AdamW:
             continue
         own_name = name.rpartition(".")[2]
         lr = solver.BASE_LR * lr_factor(name, solver.LAYER_DECAY, cfg.MODEL.VIT.DEPTH)
-        decays = parameter.ndim > 1 and own_name not in _NO_WEIGHT_DECAY
+        decays = parameter.ndim > 1 and own_name not in NO_WEIGHT_DECAY
         groups.append(
             {
                 "params": [parameter],

@@ -41,6 +41,32 @@ def load_cfg(config_file: str, opts: list[str], own_data_needed: bool = True) ->
     """
     cfg = get_cfg()
     add_karat_config(cfg)
+    merge(cfg, config_file, opts)
+    _check(cfg)
+    try:
+        register_from_config(cfg)
+    except FileNotFoundError as error:
+        if own_data_needed:
+            raise
+        logger.warning("Going on without the datasets of KARAT_DATA: %s", error)
+    cfg.freeze()
+    return cfg
+
+
+def merge(cfg: CfgNode, config_file: str, opts: list[str]) -> None:
+    """Merges a YAML config and the overrides behind it into the defaults, and settles what depends on the machine.
+
+    Where there is no GPU MODEL.DEVICE becomes "cpu", on the CPU SOLVER.AMP.ENABLED False unless `opts` has it, and
+    DATALOADER.NUM_WORKERS no more than the cores.
+
+    Args:
+        cfg: the defaults; changed in place.
+        config_file, opts: as for `load_cfg`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read, a key is unknown, or a value is of another type than the default.
+    """
     known = list(_keys(cfg))
     if config_file:
         if not os.path.isfile(config_file):
@@ -68,15 +94,6 @@ def load_cfg(config_file: str, opts: list[str], own_data_needed: bool = True) ->
         cfg.SOLVER.AMP.ENABLED = False
     # More workers than cores only make torch warn.
     cfg.DATALOADER.NUM_WORKERS = min(cfg.DATALOADER.NUM_WORKERS, os.cpu_count() or 1)
-    _check(cfg)
-    try:
-        register_from_config(cfg)
-    except FileNotFoundError as error:
-        if own_data_needed:
-            raise
-        logger.warning("Going on without the datasets of KARAT_DATA: %s", error)
-    cfg.freeze()
-    return cfg
 
 
 def check_model_and_datasets(cfg: CfgNode, training: bool) -> None:

@@ -111,11 +111,7 @@ class Step(SimpleTrainer):
 
     def __init__(self, model, data_loader, optimizer, cfg: CfgNode):
         super().__init__(model, data_loader, optimizer)
-        self.autocast = {
-            "device_type": torch.device(cfg.MODEL.DEVICE).type,
-            "dtype": torch.bfloat16,
-            "enabled": cfg.SOLVER.AMP.ENABLED,
-        }
+        self.autocast = autocast_arguments(cfg)
         clip = cfg.SOLVER.CLIP_GRADIENTS
         # An infinite bound leaves gradients as they are, and still measures them.
         self.max_norm = clip.CLIP_VALUE if clip.ENABLED and clip.CLIP_TYPE == FULL_MODEL else math.inf
@@ -149,9 +145,18 @@ class Step(SimpleTrainer):
     def _diverged(self, what: str) -> FloatingPointError:
         return FloatingPointError(
             f"Training diverged at iteration {self.iter}. {what} This step updated no weights and wrote no checkpoint; "
-            "the last one is whole. Try a lower SOLVER.BASE_LR, a longer SOLVER.WARMUP_ITERS, MODEL.KARAT.INIT scaled, "
-            "or SOLVER.AMP.ENABLED False."
+            "the last one is whole. Try a lower SOLVER.BASE_LR, a longer warm-up, MODEL.KARAT.INIT scaled, or "
+            "SOLVER.AMP.ENABLED False."
         )
+
+
+def autocast_arguments(cfg: CfgNode) -> dict[str, Any]:
+    """Arguments of torch.autocast: bfloat16 if SOLVER.AMP.ENABLED."""
+    return {
+        "device_type": torch.device(cfg.MODEL.DEVICE).type,
+        "dtype": torch.bfloat16,
+        "enabled": cfg.SOLVER.AMP.ENABLED,
+    }
 
 
 class BestCheckpointer(HookBase):

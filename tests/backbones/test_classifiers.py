@@ -299,3 +299,15 @@ def test_softmax_asks_less_of_the_windows():
     assert model(images(model)).shape == (2, 5)
     # Of the chosen blocks only.
     assert build(SWIN, IMG_SIZE=64, BLOCKS=[11], RANK=3)(images(model)).isfinite().all()
+
+
+def test_a_vit_may_start_as_the_original_one_did():
+    own, original = (build(VIT, WEIGHT_INIT=init).blocks[0].mlp.fc1.weight.detach() for init in ("", "jax"))
+    # Xavier's bound for 24 inputs and 96 outputs.
+    assert own.std() == pytest.approx(0.02, rel=0.1) and original.abs().max() == pytest.approx(
+        (6 / 120) ** 0.5, rel=0.05
+    )
+    with pytest.raises(ValueError, match=r"MODEL\.WEIGHT_INIT is 'jax', which is for a ViT.*swin_tiny"):
+        build(SWIN, WEIGHT_INIT="jax")
+    with pytest.raises(ValueError, match=r"MODEL\.WEIGHT_INIT is 'xavier'"):
+        build(VIT, WEIGHT_INIT="xavier")

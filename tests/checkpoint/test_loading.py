@@ -1,5 +1,8 @@
 import logging
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -134,3 +137,26 @@ def test_an_interrupted_save_leaves_the_checkpoint_before_it_whole(tmp_path, mon
         checkpointer.save("model_best", iteration=2)
     assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_best.pth")
     assert torch.load(tmp_path / "model_best.pth", weights_only=True)["iteration"] == 1
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_it_whole_and_no_rest(tmp_path):
+    """A limit on the size of files fails as a full disk does: a write ends before its data."""
+    code = """
+import resource, sys
+import torch
+from karat_det.checkpoint.loading import SafeCheckpointer
+
+model = torch.nn.Linear(300, 300)
+checkpointer = SafeCheckpointer(model, sys.argv[1])
+torch.nn.init.ones_(model.weight)
+checkpointer.save("model_last")
+torch.nn.init.zeros_(model.weight)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+checkpointer.save("model_last")
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    message = done.stderr.strip().splitlines()[-1]
+    assert message.startswith(f"OSError: Cannot save {tmp_path}/model_last.pth: ") and "--resume" in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last_checkpoint", "model_last.pth"]
+    assert torch.load(tmp_path / "model_last.pth", weights_only=True)["model"]["weight"].eq(1).all()

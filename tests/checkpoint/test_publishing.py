@@ -1,5 +1,6 @@
 import hashlib
 import json
+import re
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from karat_det.checkpoint.files import read_weights
 from karat_det.checkpoint.publishing import convert_file, write_card
+from karat_det.engine.pretraining import load_pretrain_cfg
 from karat_det.engine.setup import load_cfg
 
 
@@ -75,6 +77,18 @@ def test_without_an_iteration_the_last_evaluation_is_told(tmp_path, run, caplog)
     write_card(str(tmp_path / "w.safetensors"), str(run), {})
     assert "14.90" in (tmp_path / "w.md").read_text()
     assert "the card has that of 149" in caplog.text
+
+
+def test_the_card_of_a_classifier_tells_its_accuracy(tmp_path, source, run, configs):
+    cfg = load_pretrain_cfg(str(configs / "pretrain" / "digits.yaml"), [], data="data")
+    (run / "config.yaml").write_text(cfg.dump())
+    (run / "metrics.json").write_text(json.dumps({"iteration": 99, "top-1": 81.5, "top-5": 97.25, "val_loss": 0.7}))
+    checkpoint = convert_file(str(source), str(tmp_path / "out.safetensors"))
+    write_card(str(tmp_path / "out.safetensors"), str(run), checkpoint)
+    text = (tmp_path / "out.md").read_text()
+    for row in (r"trained on *\| digits, data", r"top-1 *\| *81\.50", r"top-5 *\| *97\.25", r"iterations *\| 100"):
+        assert re.search(row, text), row
+    assert "for `MODEL.WEIGHTS` of a detector" in text and "val_loss" not in text
 
 
 @pytest.mark.parametrize("missing", ["config.yaml", "metrics.json"])

@@ -16,7 +16,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from karat_det.data import digits as module
-from karat_det.data.digits import generate_digits, register_digits, split_digits
+from karat_det.data.digits import generate_crops, generate_digits, register_digits, split_digits
 
 PREPARE = Path(__file__).parents[2] / "datasets" / "prepare_digits.py"
 
@@ -185,6 +185,55 @@ def test_root_that_cannot_be_written_is_named_with_the_remedy(tmp_path):
     root.touch()
     with pytest.raises(OSError, match=r"file/digits.*DETECTRON2_DATASETS"):
         generate_digits(root)
+
+
+def test_crops_are_always_alike_and_share_no_digit(tmp_path, monkeypatch):
+    drawn = []
+
+    def draw(rng, digit, photographs):
+        drawn.append(digit.tobytes())
+        return crop(rng, digit, photographs)
+
+    crop = module._draw_crop
+    monkeypatch.setattr(module, "_draw_crop", draw)
+    counts = {"train": 200, "val": 60}
+    folder = generate_crops(tmp_path / "a", counts)
+    assert folder == tmp_path / "a" / "digit_crops"
+    assert not set(drawn[:200]) & set(drawn[200:])
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.png")}
+    assert {split: sum(name.startswith(split) for name in files) for split in counts} == counts
+    assert {Path(name).parts[1] for name in files} == set("0123456789")
+    digits = load_digits()
+    padded, labels, _ = module._load_sources()
+    classes = {image.tobytes(): label for image, label in zip(padded, digits.target, strict=True)}
+    assert (labels == digits.target).all()
+    for split, start in (("train", 0), ("val", 200)):
+        for name in (name for name in files if name.startswith(split)):
+            number = int(Path(name).stem)
+            assert classes[drawn[start + number - 1]] == int(Path(name).parts[1])
+    other = generate_crops(tmp_path / "b", {"train": 20, "val": 1})
+    assert all((other / path).read_bytes() == files[path] for path in files if (other / path).exists())
+    # What is there stays.
+    assert generate_crops(tmp_path / "b") == other and len(list((other / "train").rglob("*.png"))) == 20
+
+
+def test_a_crop_holds_a_whole_digit_that_mostly_is_lighter_than_the_background(monkeypatch):
+    gray = np.full((112, 112, 3), 120, dtype=np.float32)
+    monkeypatch.setattr(module, "_draw_background", lambda *arguments: gray.copy())
+    padded, _, photographs = module._load_sources()
+    lighter, sides = 0, []
+    for seed in range(120):
+        crop = module._draw_crop(np.random.default_rng(seed), padded[seed], photographs)
+        assert crop.shape == (48, 48, 3) and crop.dtype == np.uint8
+        luma = crop @ [0.299, 0.587, 0.114]
+        rows, columns = np.nonzero(np.abs(luma - 120) > 30)
+        sides.append(max(np.ptp(rows), np.ptp(columns)) + 1)
+        assert abs(luma[rows, columns] - 120).max() >= module.MIN_CONTRAST - 1
+        # Near the middle.
+        assert abs(rows.min() + rows.max() - 47) <= 12 and abs(columns.min() + columns.max() - 47) <= 12
+        lighter += luma[rows, columns].mean() > 120
+    assert 75 <= lighter <= 105
+    assert min(sides) < 32 and 40 < max(sides) <= 48
 
 
 def test_import_registers_both_names_with_their_metadata():

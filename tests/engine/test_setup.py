@@ -12,7 +12,11 @@ from karat_det.attention.window import KArAtWindowAttention
 from karat_det.config import add_karat_config
 from karat_det.engine.setup import check_output_dir, load_cfg, run_distributed
 
-ALL_CONFIGS = sorted(Path(__file__).parents[2].joinpath("configs").rglob("*.yaml"))
+ALL_CONFIGS = [
+    path
+    for path in sorted(Path(__file__).parents[2].joinpath("configs").rglob("*.yaml"))
+    if path.parent.name != "pretrain"
+]
 PAPER = {
     "softmax": (False, None),
     "g1b": (True, "blockwise"),

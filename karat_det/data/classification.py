@@ -1,0 +1,320 @@
+"""Images with labels, for pretraining: folders, torchvision's datasets, Hugging Face's, and the embedded digits.
+
+Whatever it is, a split is a sequence of pairs (image, label) and the names of its classes; labels count through the
+classes of the training split. Nothing is downloaded.
+"""
+
+import difflib
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from fvcore.common.config import CfgNode
+from PIL import Image
+from timm.data import create_dataset
+from torchvision import datasets as torchvision_datasets
+
+from .digits import generate_crops
+from .mapper import unreadable_image_named
+from .registration import MAX_IMAGES_OPENED
+
+logger = logging.getLogger(__name__)
+
+# One image in so many may be broken.
+BROKEN_IN = 1000
+# Label of an image that cannot be read, where no other one may stand for it.
+NO_LABEL = -1
+# Classes of a dataset of torchvision, and its arguments for the training and the validation split.
+_TORCHVISION = {
+    "CIFAR10": (10, {"train": True}, {"train": False}),
+    "CIFAR100": (100, {"train": True}, {"train": False}),
+    "Flowers102": (102, {"split": "train"}, {"split": "test"}),
+    "STL10": (10, {"split": "train"}, {"split": "test"}),
+    "SVHN": (10, {"split": "train"}, {"split": "test"}),
+}
+# What the validation split may be called.
+_VAL_NAMES = ("val", "validation", "valid", "test")
+
+
+class Split(NamedTuple):
+    """One split of a dataset.
+
+    Attributes:
+        place: what a user knows it by.
+        classes: names of the classes; a label is an index into them.
+        samples: pairs of an image, or the path of one, and its label.
+    """
+
+    place: str
+    classes: list[str]
+    samples: Sequence[tuple[Any, int]]
+
+
+class LabelledImages(torch.utils.data.Dataset):
+    """A split as torch and timm take it: pairs of an RGB image and its label.
+
+    An image that cannot be read is named in the log, counted once, and skipped; more than one in BROKEN_IN end the run.
+    In training the next image stands for it. In testing it is black and has NO_LABEL, so that no image counts twice.
+
+    Args:
+        split: what to read.
+        is_train: see above.
+        indices: which of the split's images; default all.
+
+    Attributes:
+        transform: applied to the image; timm's loader sets it.
+    """
+
+    def __init__(self, split: Split, is_train: bool, indices: Sequence[int] | None = None):
+        self.split = split
+        self.is_train = is_train
+        self.indices = range(len(split.samples)) if indices is None else indices
+        self.transform: Callable | None = None
+        # Shared with the loader's processes.
+        self.broken = torch.zeros(len(split.samples), dtype=torch.bool).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> tuple[Any, int]:
+        """The image at a place, transformed, and its label.
+
+        Raises:
+            ValueError: too many images cannot be read.
+        """
+        image, label = self._read(self.indices[place])
+        while image is None and self.is_train:
+            place = (place + 1) % len(self)
+            image, label = self._read(self.indices[place])
+        if image is None:
+            image, label = Image.new("RGB", (32, 32)), NO_LABEL
+        return (self.transform(image) if self.transform else image), label
+
+    def open_all(self) -> None:
+        """Reads the header of each image that is a file, so that broken ones are found before a run.
+
+        Raises:
+            ValueError: too many images cannot be read.
+        """
+        for index, (path, _) in enumerate(self.split.samples):
+            if not isinstance(path, str):
+                return
+            try:
+                with unreadable_image_named(path), Image.open(path):
+                    pass
+            except OSError as error:
+                self._count(index, error)
+
+    def _read(self, index: int) -> tuple[Image.Image | None, int]:
+        if self.broken[index]:
+            return None, NO_LABEL
+        try:
+            with unreadable_image_named(f"number {index} of {self.split.place}"):
+                image, label = self.split.samples[index]
+            if isinstance(image, str):
+                with unreadable_image_named(image), Image.open(image) as file:
+                    return file.convert("RGB"), label
+            return image.convert("RGB"), label
+        except OSError as error:
+            self._count(index, error)
+            return None, NO_LABEL
+
+    def _count(self, index: int, error: OSError) -> None:
+        self.broken[index] = True
+        count, total = int(self.broken.sum()), len(self.broken)
+        if count * BROKEN_IN > total:
+            raise ValueError(
+                f"{error} It is broken image {count} of the {total} of {self.split.place}, and no more than 1 in "
+                f"{BROKEN_IN} may be skipped."
+            ) from error
+        logger.warning("Skipped, %d of at most %d: %s", count, total // BROKEN_IN, error)
+
+
+def load_splits(cfg: CfgNode) -> tuple[Split, Split]:
+    """Finds the training and the validation split that DATA names, and checks them.
+
+    Args:
+        cfg: a config with the keys of `pretrain_config`.
+
+    Raises:
+        ValueError: the name is unknown, the classes are not as many as DATA.NUM_CLASSES, validation has a class that
+            training has not, or a folder holds no image.
+        FileNotFoundError: the data is not there.
+        ImportError: it needs a package that is not installed.
+    """
+    name, root = cfg.DATA.NAME, cfg.DATA.ROOT
+    if name == "digits":
+        root = root or os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
+        train, val = _load_folder(str(generate_crops(root)))
+    elif name not in ("folder", "huggingface", *_TORCHVISION):
+        known = ["folder", "huggingface", "digits", *_TORCHVISION]
+        near = difflib.get_close_matches(name, known)
+        raise ValueError(
+            f"DATA.NAME is {name!r}, which is unknown."
+            + (f" Did you mean {' or '.join(near)}?" if near else "")
+            + f" Known: {', '.join(known)}. A tree of images of your own is DATA.NAME folder."
+        )
+    elif not os.path.isdir(root):
+        what = f"is {root!r}, but there is no such folder ({os.path.abspath(root)})" if root else "is not given"
+        raise FileNotFoundError(f"--data {what}. Name the folder that holds the data (DATA.NAME {name}).")
+    elif name == "folder":
+        train, val = _load_folder(root)
+    elif name == "huggingface":
+        train, val = _load_huggingface(cfg)
+    else:
+        train, val = _load_torchvision(name, root)
+    if cfg.DATA.NUM_CLASSES not in (0, len(train.classes)):
+        raise ValueError(
+            f"{train.place} has {len(train.classes)} classes, but DATA.NUM_CLASSES is {cfg.DATA.NUM_CLASSES}. Name the "
+            f"data that belongs to it, or set DATA.NUM_CLASSES to {len(train.classes)}, or to 0 for any number."
+        )
+    return train, _with_classes_of(train, val)
+
+
+def build_datasets(cfg: CfgNode, rank: int = 0, world_size: int = 1) -> tuple[LabelledImages, LabelledImages]:
+    """The images to train on, all of them, and this process's share of those to validate on.
+
+    Args:
+        cfg: a config with the keys of `pretrain_config`.
+        rank, world_size: of the process.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError: as `load_splits`; too many images are broken, as far as that is
+            looked for: in splits of up to MAX_IMAGES_OPENED files.
+    """
+    splits = load_splits(cfg)
+    train = LabelledImages(splits[0], is_train=True)
+    val = LabelledImages(splits[1], is_train=False, indices=range(rank, len(splits[1].samples), world_size))
+    for images in (train, val):
+        if len(images.split.samples) <= MAX_IMAGES_OPENED:
+            images.open_all()
+    return train, val
+
+
+def _with_classes_of(train: Split, val: Split) -> Split:
+    """The validation split, its labels those of the training split."""
+    if val.classes == train.classes:
+        return val
+    unknown = [name for name in val.classes if name not in train.classes]
+    if unknown:
+        raise ValueError(
+            f"{val.place} has classes that {train.place} has not: {', '.join(unknown[:5])}"
+            f"{', …' if len(unknown) > 5 else ''}. Remove or rename them, or add images of them to train on."
+        )
+    labels = [train.classes.index(name) for name in val.classes]
+    return val._replace(classes=train.classes, samples=_Relabelled(val.samples, labels))
+
+
+class _Relabelled(Sequence):
+    def __init__(self, samples: Sequence[tuple[Any, int]], labels: list[int]):
+        self.samples = samples
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image, label = self.samples[index]
+        return image, self.labels[label]
+
+
+def _load_folder(root: str) -> tuple[Split, Split]:
+    return _load_folder_split(root, ("train",)), _load_folder_split(root, _VAL_NAMES)
+
+
+def _load_folder_split(root: str, names: Sequence[str]) -> Split:
+    folder = next((path for path in (Path(root, name) for name in names) if path.is_dir()), None)
+    if folder is None:
+        raise FileNotFoundError(
+            f"{os.path.abspath(root)} (--data) has no folder {' or '.join(names)}. It must hold train/<class>/ and "
+            "val/<class>/ with images in them."
+        )
+    class_folders = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    if not class_folders:
+        raise ValueError(f"{folder} has no folders. It must hold one for each class, with images in it.")
+    try:
+        reader = create_dataset("", root=str(folder), search_split=False).reader
+        empty = [name for name in class_folders if not _holds_any(folder / name, reader.class_to_idx)]
+    except RuntimeError:  # timm's, where there is no image at all
+        empty = class_folders
+    if empty:
+        raise ValueError(
+            f"{len(empty)} of the {len(class_folders)} class folders of {folder} hold no image: "
+            f"{', '.join(empty[:5])}{', …' if len(empty) > 5 else ''}. Put images there, or remove the folders."
+        )
+    return Split(str(folder), list(reader.class_to_idx), reader.samples)
+
+
+def _holds_any(folder: Path, classes: dict[str, int]) -> bool:
+    """Whether a class folder, or one within it, gave a class its name: timm takes the innermost."""
+    return folder.name in classes or any(path.name in classes for path in folder.rglob("*") if path.is_dir())
+
+
+def _load_torchvision(name: str, root: str) -> tuple[Split, Split]:
+    num_classes, *splits = _TORCHVISION[name]
+    try:
+        train, val = (getattr(torchvision_datasets, name)(root, **arguments) for arguments in splits)
+    except (RuntimeError, OSError) as error:
+        raise FileNotFoundError(
+            f"torchvision does not find {name} in {os.path.abspath(root)} (--data): {error} This command downloads "
+            f"nothing; torchvision.datasets.{name}({root!r}, download=True) does."
+        ) from error
+    classes = list(getattr(train, "classes", map(str, range(num_classes))))
+    return Split(f"{name}'s training split", classes, train), Split(f"{name}'s test split", classes, val)
+
+
+def _load_huggingface(cfg: CfgNode) -> tuple[Split, Split]:
+    root = cfg.DATA.ROOT
+    try:
+        from datasets import load_from_disk
+    except ImportError as error:
+        raise ImportError(
+            f"DATA.NAME huggingface needs the package datasets, which is not installed ({error}). pip install datasets"
+        ) from error
+    try:
+        held = load_from_disk(root)
+    except Exception as error:  # what it raises depends on the files
+        raise ValueError(
+            f"{os.path.abspath(root)} (--data) is not what datasets.DatasetDict.save_to_disk writes: {error}"
+        ) from error
+    val_name = next((name for name in _VAL_NAMES if isinstance(held, dict) and name in held), None)
+    if val_name is None or "train" not in held:
+        found = f"has {', '.join(held)}" if isinstance(held, dict) else "is a single split"
+        raise ValueError(f"{root} (--data) must have the splits train and {' or '.join(_VAL_NAMES)}, but it {found}.")
+    return tuple(_huggingface_split(cfg, name, held[name]) for name in ("train", val_name))
+
+
+def _huggingface_split(cfg: CfgNode, name: str, split: Any) -> Split:
+    place = f"the split {name} of {cfg.DATA.ROOT}"
+    for key in ("IMAGE_COLUMN", "LABEL_COLUMN"):
+        if cfg.DATA[key] not in split.features:
+            raise ValueError(
+                f"DATA.{key} is {cfg.DATA[key]!r}, which {place} does not have. Its columns: "
+                f"{', '.join(split.features)}."
+            )
+    names = getattr(split.features[cfg.DATA.LABEL_COLUMN], "names", None)
+    if names is None:
+        raise ValueError(
+            f"DATA.LABEL_COLUMN is {cfg.DATA.LABEL_COLUMN!r}, whose values in {place} are no class labels. Make them "
+            f"so: class_encode_column({cfg.DATA.LABEL_COLUMN!r})."
+        )
+    if not len(split):
+        raise ValueError(f"{place} holds no image.")
+    return Split(place, list(names), _Rows(split, cfg.DATA.IMAGE_COLUMN, cfg.DATA.LABEL_COLUMN))
+
+
+class _Rows(Sequence):
+    def __init__(self, table: Any, image_column: str, label_column: str):
+        self.table = table
+        self.image_column = image_column
+        self.label_column = label_column
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        row = self.table[index]
+        return row[self.image_column], row[self.label_column]

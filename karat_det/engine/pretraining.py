@@ -1,0 +1,501 @@
+"""Pretraining of classifiers: timm's data, recipe and metrics in Detectron2's loop.
+
+The recipe is the paper's for image classification. An epoch begins by seeding all that is random, from SEED and its
+number, and ends by evaluating and saving. So a run that resumes after an epoch is the run that was never interrupted.
+"""
+
+import datetime
+import itertools
+import logging
+import math
+import os
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import TrainerBase, create_ddp_model
+from detectron2.engine.hooks import HookBase, IterationTimer, PeriodicWriter
+from detectron2.solver.build import maybe_add_gradient_clipping
+from detectron2.utils import comm
+from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter, get_event_storage
+from PIL import Image
+from timm.data import FastCollateMixup, create_loader
+from timm.data.auto_augment import RandAugment, posterize
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from timm.utils import AverageMeter, ModelEmaV3, accuracy, random_seed
+from torch import Tensor, nn
+
+from ..backbones.classifiers import build_classifier
+from ..checkpoint.loading import SafeCheckpointer, check_weights_file, load_weights
+from ..config import pretrain_config
+from ..data.classification import NO_LABEL, LabelledImages, build_datasets
+from .optimizer import FULL_MODEL, NO_WEIGHT_DECAY
+from .setup import merge
+from .trainer import Step, autocast_arguments
+
+logger = logging.getLogger(__name__)
+
+# Images a step for which SOLVER.BASE_LR stands.
+_BASE_BATCH = 512
+BEST, LAST = "model_best", "model_last"
+# The measure that decides which checkpoint is the best one.
+METRIC = "top-1"
+
+
+def load_pretrain_cfg(config_file: str, opts: list[str], data: str = "") -> CfgNode:
+    """Reads a YAML config and the overrides behind it, and checks both.
+
+    Args:
+        config_file: path of a YAML file, or "" for the defaults.
+        opts: keys and values in turn, as on Detectron2's command lines.
+        data: DATA.ROOT, if not "".
+
+    Returns:
+        The config, frozen.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a key is unknown or its value is not allowed.
+    """
+    cfg = pretrain_config()
+    merge(cfg, config_file, opts)
+    if data:
+        cfg.DATA.ROOT = data
+    _check(cfg)
+    cfg.freeze()
+    return cfg
+
+
+class Pretrainer(TrainerBase):
+    """Trains and evaluates a classifier from a config, on GPUs or on the CPU, in one process or in many.
+
+    Args:
+        cfg: a config of `load_pretrain_cfg`.
+        init_from: a weights file to start from, see `load_weights`; its head need not fit. "" is random weights.
+        resume: go on from the last checkpoint in OUTPUT_DIR, if there is one.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError: data, weights or sizes are not what the config needs.
+    """
+
+    def __init__(self, cfg: CfgNode, init_from: str = "", resume: bool = False):
+        super().__init__()
+        self.cfg = cfg
+        rank, world_size = comm.get_rank(), comm.get_world_size()
+        train, val = build_datasets(cfg, rank, world_size)
+        # One seed then starts all processes alike, whatever was drawn before.
+        random_seed(cfg.SEED)
+        self.model = build_classifier(cfg, len(train.split.classes)).to(cfg.MODEL.DEVICE)
+        self.classes = train.split.classes
+        self.loader = build_train_loader(cfg, self.model, train)
+        self.val_loader = build_val_loader(cfg, self.model, val)
+        self.epoch_length = len(self.loader)
+        if not self.epoch_length:
+            raise ValueError(
+                f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, and {train.split.place} has {len(train)} images: "
+                "too few for one step. Lower it."
+            )
+        self.max_iter = cfg.SOLVER.EPOCHS * self.epoch_length
+        optimizer = build_optimizer(cfg, self.model)
+        resumes = resume and SafeCheckpointer(None, cfg.OUTPUT_DIR).has_checkpoint()
+        if init_from and not resumes:
+            load_weights(self.model, init_from, strict=cfg.MODEL.WEIGHTS_STRICT, complete=False)
+        on_cpu = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
+        in_parallel = create_ddp_model(WithLoss(self.model, cfg), broadcast_buffers=False, **on_cpu)
+        # Made after the processes have been brought to the same weights.
+        self.ema = ModelEmaV3(self.model, cfg.SOLVER.EMA_DECAY) if cfg.SOLVER.EMA_DECAY else None
+        self.step = Step(in_parallel, self._batches(), optimizer, cfg)
+        self.scheduler = build_scheduler(cfg, optimizer, self.epoch_length)
+        averaged = {"model_ema": self.ema.module} if self.ema else {}
+        self.checkpointer = SafeCheckpointer(
+            self.model, cfg.OUTPUT_DIR, save_to_disk=comm.is_main_process(), trainer=self, **averaged
+        )
+        self.register_hooks([IterationTimer(), _AfterStep(), _AfterEpoch()])
+        if resumes:
+            self._resume()
+        logger.info(
+            "%d images of %d classes to train on, %d to validate on; %d epochs of %d steps of %d images.",
+            *(len(train), len(self.classes), len(val.split.samples)),
+            *(cfg.SOLVER.EPOCHS, self.epoch_length, cfg.SOLVER.IMS_PER_BATCH),
+        )
+
+    def train(self) -> None:
+        """Trains the epochs that are left, and leaves model_best.pth and model_last.pth in OUTPUT_DIR."""
+        if self.start_iter >= self.max_iter:
+            logger.info("The run has had all of its %d epochs (SOLVER.EPOCHS).", self.cfg.SOLVER.EPOCHS)
+            return
+        self.scheduler.step_update(self.start_iter)
+        if comm.is_main_process():
+            folder = self.cfg.OUTPUT_DIR
+            os.makedirs(folder, exist_ok=True)
+            writers = [ProgressLine(self), JSONWriter(f"{folder}/metrics.json"), TensorboardXWriter(folder)]
+            # The storage keeps the last of each figure: those of an epoch must be written before the next one's.
+            self.register_hooks([PeriodicWriter(writers, period=min(20, self.epoch_length))])
+        super().train(self.start_iter, self.max_iter)
+
+    def run_step(self) -> None:
+        self.step.iter = self.iter
+        self.step.run_step()
+
+    def evaluate(self) -> dict[str, float]:
+        """Measures the averaged weights, or the weights where none are averaged, on the validation split."""
+        model = self.ema.module if self.ema else self.model
+        try:
+            return evaluate(model, self.val_loader, self.step.autocast)
+        finally:
+            self.model.train()
+
+    def save(self, name: str, figures: dict[str, float]) -> None:
+        """Saves the run as name.pth in OUTPUT_DIR."""
+        epoch = (self.iter + 1) // self.epoch_length
+        about = {"epoch": epoch, "figures": figures, "classes": self.classes, "config": self.cfg.dump()}
+        self.checkpointer.save(name, **about, averages=self.ema is not None)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "step": self.step.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.step.load_state_dict(state["step"])
+
+    def _resume(self) -> None:
+        saved = self.checkpointer.resume_or_load("", resume=True)
+        self.start_iter = self.iter + 1
+        if self.start_iter % self.epoch_length:
+            raise ValueError(
+                f"The run in OUTPUT_DIR, {self.cfg.OUTPUT_DIR}, was saved after {self.start_iter} steps, which are no "
+                f"whole epochs of {self.epoch_length} steps. Resume it with its data and its SOLVER.IMS_PER_BATCH."
+            )
+        if self.ema and not saved["averages"]:
+            raise ValueError(
+                f"SOLVER.EMA_DECAY is {self.cfg.SOLVER.EMA_DECAY}, but the run in OUTPUT_DIR, {self.cfg.OUTPUT_DIR}, "
+                "has averaged no weights so far. Resume it with SOLVER.EMA_DECAY 0.0."
+            )
+        logger.info("Going on after epoch %d.", saved["epoch"])
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of epoch after epoch. What is drawn in one depends on SEED and its number alone."""
+        seed, world_size = self.cfg.SEED, comm.get_world_size()
+        for epoch in itertools.count(self.start_iter // self.epoch_length):
+            # Far apart, so that a seed's epochs are not those of the seed before.
+            random_seed(seed * 1_000_003 % 2**31 + epoch * world_size, comm.get_rank())
+            if world_size > 1:
+                self.loader.sampler.seed = seed
+                self.loader.sampler.set_epoch(epoch)
+            yield from self.loader
+
+
+def evaluate_file(cfg: CfgNode, path: str = "") -> dict[str, float]:
+    """Evaluates a weights file on the validation split, and says the figures in the log.
+
+    Args:
+        cfg: a config of `load_pretrain_cfg`.
+        path: see `load_weights`; "" is the best checkpoint in OUTPUT_DIR.
+
+    Returns:
+        See `evaluate`.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError: data or weights are not what the config needs.
+    """
+    path = path or os.path.join(cfg.OUTPUT_DIR, f"{BEST}.pth")
+    check_weights_file(path, "--init-from")
+    _, val = build_datasets(cfg, comm.get_rank(), comm.get_world_size())
+    model = build_classifier(cfg, len(val.split.classes)).to(cfg.MODEL.DEVICE)
+    load_weights(model, path, strict=cfg.MODEL.WEIGHTS_STRICT)
+    figures = evaluate(model, build_val_loader(cfg, model, val), autocast_arguments(cfg))
+    logger.info("%s: top-1 %.2f  top-5 %.2f  validation loss %.4f", path, *figures.values())
+    return figures
+
+
+class WithLoss(nn.Module):
+    """A classifier that takes what timm's loader gives, and returns a dict with its loss, as Detectron2's models do."""
+
+    def __init__(self, model: nn.Module, cfg: CfgNode):
+        super().__init__()
+        self.model = model
+        smoothing = cfg.AUG.LABEL_SMOOTHING
+        # Mixed labels are smooth already.
+        self.criterion = SoftTargetCrossEntropy() if _mixes(cfg) else LabelSmoothingCrossEntropy(smoothing)
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        images, targets = batch
+        return {"loss": self.criterion(self.model(images), targets)}
+
+
+def build_train_loader(cfg: CfgNode, model: nn.Module, images: LabelledImages):
+    """Builds timm's loader of augmented and mixed batches, this process's share of each.
+
+    Args:
+        cfg: a config with the keys of `pretrain_config`.
+        model: of timm; it knows the size of its images.
+        images: all those to train on.
+    """
+    mixup = FastCollateMixup(
+        mixup_alpha=cfg.AUG.MIXUP,
+        cutmix_alpha=cfg.AUG.CUTMIX,
+        prob=cfg.AUG.MIX_PROB,
+        switch_prob=cfg.AUG.CUTMIX_PROB,
+        label_smoothing=cfg.AUG.LABEL_SMOOTHING,
+        num_classes=len(images.split.classes),
+    )
+    loader = create_loader(
+        images,
+        is_training=True,
+        batch_size=cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
+        scale=tuple(cfg.AUG.SCALE),
+        ratio=tuple(cfg.AUG.RATIO),
+        hflip=cfg.AUG.FLIP,
+        color_jitter=cfg.AUG.COLOR_JITTER,
+        auto_augment=cfg.AUG.RAND_AUGMENT or None,
+        interpolation="random",
+        collate_fn=mixup if _mixes(cfg) else None,
+        distributed=comm.get_world_size() > 1,
+        **_common_to_loaders(cfg, model),
+    )
+    for transform in images.transform.transforms:
+        if isinstance(transform, RandAugment):
+            for operation in transform.ops:
+                if operation.name.startswith("Posterize"):
+                    operation.aug_fn = _posterize
+    return loader
+
+
+def build_val_loader(cfg: CfgNode, model: nn.Module, images: LabelledImages):
+    """Builds timm's loader of centre crops. Arguments as for `build_train_loader`, but for this process's images."""
+    return create_loader(
+        images,
+        batch_size=cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
+        crop_pct=cfg.TEST.CROP_RATIO,
+        interpolation="bicubic",
+        **_common_to_loaders(cfg, model),
+    )
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """Builds timm's AdamW at the rate that SOLVER.BASE_LR and IMS_PER_BATCH make.
+
+    Norms, biases, what timm's model names, positions and the operators' coefficients have no weight decay.
+
+    Args:
+        cfg: a config with the keys of `pretrain_config`.
+        model: of timm.
+    """
+    spared = {name for name, _ in model.named_parameters() if name.rpartition(".")[2] in NO_WEIGHT_DECAY}
+    optimizer = create_optimizer_v2(
+        model,
+        opt="adamw",
+        lr=cfg.SOLVER.BASE_LR * cfg.SOLVER.IMS_PER_BATCH / _BASE_BATCH,
+        weight_decay=cfg.SOLVER.WEIGHT_DECAY,
+        betas=tuple(cfg.SOLVER.BETAS),
+        eps=cfg.SOLVER.EPS,
+        param_group_fn=partial(
+            param_groups_weight_decay,
+            weight_decay=cfg.SOLVER.WEIGHT_DECAY,
+            no_weight_decay_list=spared | set(model.no_weight_decay()),
+        ),
+    )
+    if cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE != FULL_MODEL:
+        maybe_add_gradient_clipping(cfg, optimizer)
+    return optimizer
+
+
+def build_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer, epoch_length: int):
+    """Builds timm's cosine schedule with warm-up, by steps."""
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched="cosine",
+        num_epochs=cfg.SOLVER.EPOCHS,
+        warmup_epochs=cfg.SOLVER.WARMUP_EPOCHS,
+        warmup_lr=cfg.SOLVER.WARMUP_LR,
+        min_lr=cfg.SOLVER.MIN_LR,
+        step_on_epochs=False,
+        updates_per_epoch=epoch_length,
+    )
+    return scheduler
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader, autocast: dict[str, Any]) -> dict[str, float]:
+    """Measures a classifier on the images of all processes.
+
+    Args:
+        model: the classifier; left in evaluation mode.
+        loader: of this process's images; those with NO_LABEL do not count.
+        autocast: arguments of torch.autocast.
+
+    Returns:
+        "top-1" and "top-5" in percent and "val_loss", of all images, in all processes.
+    """
+    model.eval()
+    meters = {name: AverageMeter() for name in (METRIC, "top-5", "val_loss")}
+    for images, labels in loader:
+        with torch.autocast(**autocast):
+            logits = model(images)
+        logits, labels = logits[labels != NO_LABEL].float(), labels[labels != NO_LABEL]
+        if not len(labels):
+            continue
+        loss = nn.functional.cross_entropy(logits, labels)
+        for meter, value in zip(meters.values(), (*accuracy(logits, labels, topk=(1, 5)), loss), strict=True):
+            meter.update(value.item(), len(labels))
+    # Shares differ in size by one image at most, and the mean is over images.
+    gathered = comm.all_gather({name: (meter.sum, meter.count) for name, meter in meters.items()})
+    count = sum(each[METRIC][1] for each in gathered)
+    return {name: sum(each[name][0] for each in gathered) / count for name in meters}
+
+
+class ProgressLine(EventWriter):
+    """Writes a line of how the run goes to the log."""
+
+    def __init__(self, trainer: Pretrainer):
+        self.trainer = trainer
+
+    def write(self) -> None:
+        storage, trainer = get_event_storage(), self.trainer
+        if storage.iter >= trainer.max_iter or "time" not in storage.histories():
+            return
+        seconds = storage.history("time").median(20)
+        left = datetime.timedelta(seconds=int(seconds * (trainer.max_iter - storage.iter - 1)))
+        logger.info(
+            "epoch %d/%d  step %d/%d  loss %.4f  grad norm %.2f  lr %.2e  %.1f images/s  eta %s",
+            *(storage.iter // trainer.epoch_length + 1, trainer.cfg.SOLVER.EPOCHS),
+            *(storage.iter % trainer.epoch_length + 1, trainer.epoch_length),
+            *(storage.history("total_loss").median(20), storage.history("grad_norm").median(20)),
+            *(storage.history("lr").latest(), storage.history("images/s").latest(), left),
+        )
+
+
+class _AfterStep(HookBase):
+    """Averages the weights, moves the learning rate on, and measures the throughput."""
+
+    def after_step(self) -> None:
+        trainer, storage = self.trainer, self.trainer.storage
+        if trainer.ema:
+            trainer.ema.update(trainer.model)
+        storage.put_scalar(
+            "lr", max(group["lr"] for group in trainer.step.optimizer.param_groups), smoothing_hint=False
+        )
+        trainer.scheduler.step_update(trainer.iter + 1)
+        if "time" in storage.histories():
+            rate = trainer.cfg.SOLVER.IMS_PER_BATCH / storage.history("time").median(20)
+            storage.put_scalar("images/s", rate, smoothing_hint=False)
+
+
+class _AfterEpoch(HookBase):
+    """Evaluates, and saves the run: always as the last checkpoint, and as the best one if it is that."""
+
+    def __init__(self):
+        self.best = -math.inf
+        self.figures: dict[str, float] = {}
+
+    def after_step(self) -> None:
+        trainer = self.trainer
+        epoch, rest = divmod(trainer.iter + 1, trainer.epoch_length)
+        if rest:
+            return
+        if epoch % trainer.cfg.TEST.EVAL_PERIOD == 0 or epoch == trainer.cfg.SOLVER.EPOCHS:
+            self.figures = trainer.evaluate()
+            trainer.storage.put_scalars(smoothing_hint=False, **self.figures)
+            logger.info(
+                "epoch %d/%d  top-1 %.2f  top-5 %.2f  validation loss %.4f%s",
+                *(epoch, trainer.cfg.SOLVER.EPOCHS, *self.figures.values()),
+                " (of the averaged weights)" if trainer.ema else "",
+            )
+            if self.figures[METRIC] > self.best:
+                self.best = self.figures[METRIC]
+                trainer.save(BEST, self.figures)
+        trainer.save(LAST, self.figures)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "figures": self.figures}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best, self.figures = state["best"], state["figures"]
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
+    """timm's, but one bit of a colour is kept at least: at full strength timm keeps none, which Pillow refuses."""
+    return posterize(image, max(1, bits_to_keep))
+
+
+def _mixes(cfg: CfgNode) -> bool:
+    return cfg.AUG.MIX_PROB > 0 and (cfg.AUG.MIXUP > 0 or cfg.AUG.CUTMIX > 0)
+
+
+def _common_to_loaders(cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
+    return {
+        "input_size": (3, *model.patch_embed.img_size),
+        "num_workers": cfg.DATALOADER.NUM_WORKERS,
+        # Workers that outlive an epoch would go on with their own random numbers, which no checkpoint has.
+        "persistent_workers": False,
+        "pin_memory": cfg.MODEL.DEVICE != "cpu",
+        "device": torch.device(cfg.MODEL.DEVICE),
+    }
+
+
+def _check(cfg: CfgNode) -> None:
+    """Checks the keys that no builder checks before the data has been read or hours have passed."""
+    world_size = comm.get_world_size()
+    solver, aug = cfg.SOLVER, cfg.AUG
+    if solver.IMS_PER_BATCH < 1 or solver.IMS_PER_BATCH % world_size:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH is {solver.IMS_PER_BATCH}. It must be at least 1, and a multiple of the number of "
+            f"processes, {world_size}."
+        )
+    if _mixes(cfg) and solver.IMS_PER_BATCH // world_size % 2:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH is {solver.IMS_PER_BATCH}, {solver.IMS_PER_BATCH // world_size} for each of "
+            f"{world_size} processes. Mixup and cutmix pair images, so it must be even; or set AUG.MIX_PROB 0.0."
+        )
+    for key, value, least in (
+        ("SOLVER.EPOCHS", solver.EPOCHS, 1),
+        ("SOLVER.WARMUP_EPOCHS", solver.WARMUP_EPOCHS, 0),
+        ("TEST.EVAL_PERIOD", cfg.TEST.EVAL_PERIOD, 1),
+        ("DATA.NUM_CLASSES", cfg.DATA.NUM_CLASSES, 0),
+        ("DATALOADER.NUM_WORKERS", cfg.DATALOADER.NUM_WORKERS, 0),
+        ("SEED", cfg.SEED, 0),
+        ("AUG.MIXUP", aug.MIXUP, 0),
+        ("AUG.CUTMIX", aug.CUTMIX, 0),
+        ("AUG.COLOR_JITTER", aug.COLOR_JITTER, 0),
+        ("SOLVER.WEIGHT_DECAY", solver.WEIGHT_DECAY, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{key} is {value}. It must be at least {least}.")
+    for key in ("BASE_LR", "WARMUP_LR", "MIN_LR", "EPS"):
+        if not solver[key] > 0:
+            raise ValueError(f"SOLVER.{key} is {solver[key]}. It must be above 0.")
+    if solver.WARMUP_EPOCHS >= solver.EPOCHS:
+        raise ValueError(
+            f"SOLVER.WARMUP_EPOCHS is {solver.WARMUP_EPOCHS}. It must be below SOLVER.EPOCHS, {solver.EPOCHS}."
+        )
+    for key, value in (
+        ("AUG.FLIP", aug.FLIP),
+        ("AUG.MIX_PROB", aug.MIX_PROB),
+        ("AUG.CUTMIX_PROB", aug.CUTMIX_PROB),
+        ("AUG.LABEL_SMOOTHING", aug.LABEL_SMOOTHING),
+        ("SOLVER.EMA_DECAY", solver.EMA_DECAY),
+        ("TEST.CROP_RATIO", cfg.TEST.CROP_RATIO),
+    ):
+        may_be_1 = key not in ("AUG.LABEL_SMOOTHING", "SOLVER.EMA_DECAY")
+        if not 0 <= value <= 1 or (value == 1 and not may_be_1):
+            raise ValueError(f"{key} is {value}. It must be from 0 to {'1' if may_be_1 else 'below 1'}.")
+    if not cfg.TEST.CROP_RATIO:
+        raise ValueError("TEST.CROP_RATIO is 0. It must be above 0 and at most 1.")
+    for key in ("SCALE", "RATIO"):
+        bounds = tuple(aug[key])
+        if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]:
+            raise ValueError(f"AUG.{key} is {bounds}. It must be (smallest, largest), both above 0.")
+    if aug.RAND_AUGMENT and not aug.RAND_AUGMENT.startswith("rand-"):
+        raise ValueError(
+            f"AUG.RAND_AUGMENT is {aug.RAND_AUGMENT!r}. It must be '' or RandAugment in timm's words, such as "
+            "'rand-m9-mstd0.5-inc1'."
+        )
+    known = (FULL_MODEL, "norm", "value")
+    if solver.CLIP_GRADIENTS.CLIP_TYPE not in known:
+        raise ValueError(
+            f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {solver.CLIP_GRADIENTS.CLIP_TYPE!r}. Known: {', '.join(known)}."
+        )

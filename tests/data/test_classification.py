@@ -1,0 +1,256 @@
+import pickle
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from karat_det.config import pretrain_config
+from karat_det.data.classification import NO_LABEL, LabelledImages, Split, build_datasets, load_splits
+
+
+def write_image(path, value=100):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(value).integers(256, size=(12, 10, 3), dtype=np.uint8)
+    pixels[0, 0] = value
+    Image.fromarray(pixels).save(path)
+
+
+def write_tree(root, **splits):
+    """Writes root/<split>/<class>/<i>.png for each split's {class: number of images}."""
+    for split, classes in splits.items():
+        for name, count in classes.items():
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                write_image(root / split / name / f"{i}.png", value=10 * i)
+    return root
+
+
+def config(root, name="folder", **keys):
+    cfg = pretrain_config()
+    cfg.DATA.NAME, cfg.DATA.ROOT = name, str(root)
+    for key, value in keys.items():
+        cfg.DATA[key] = value
+    return cfg
+
+
+def test_a_folder_gives_classes_and_labels(tmp_path):
+    write_tree(tmp_path, train={"b": 2, "a": 1, "a10": 1, "a9": 1}, validation={"a10": 1, "b": 2})
+    train, val = build_datasets(config(tmp_path, NUM_CLASSES=4))
+    # timm's order, in which 9 comes before 10.
+    assert train.split.classes == val.split.classes == ["a", "a9", "a10", "b"]
+    assert sorted(label for _, label in (train[i] for i in range(len(train)))) == [0, 1, 2, 3, 3]
+    # Validation has fewer classes; its labels are still those of training.
+    assert [val[i][1] for i in range(3)] == [2, 3, 3]
+    image, _ = val[2]
+    assert image.mode == "RGB" and image.size == (10, 12)
+    assert image.getpixel((0, 0)) == (10, 10, 10)
+
+
+def test_each_process_validates_its_share_and_trains_on_all(tmp_path):
+    write_tree(tmp_path, train={"a": 2, "b": 2}, val={"a": 3, "b": 2})
+    shares = [build_datasets(config(tmp_path), rank, 2) for rank in (0, 1)]
+    assert [len(train) for train, _ in shares] == [4, 4]
+    seen = [index for _, val in shares for index in val.indices]
+    assert sorted(seen) == list(range(5))
+
+
+@pytest.mark.parametrize(
+    ("splits", "keys", "error", "message"),
+    [
+        ({"train": {"a": 1, "b": 0}, "val": {"a": 1}}, {}, ValueError, r"1 of the 2 class folders of .*train hold no"),
+        ({"train": {"a": 0}, "val": {"a": 1}}, {}, ValueError, r"1 of the 1 class folders of .*train hold no image: a"),
+        ({"train": {}, "val": {"a": 1}}, {}, FileNotFoundError, r"has no folder train\."),
+        ({"train": {"a": 1}}, {}, FileNotFoundError, r"has no folder val or validation or valid or test"),
+        (
+            {"train": {"a": 1}, "val": {"a": 1, "c": 1}},
+            {},
+            ValueError,
+            r"val has classes that .*train has not: c\. Remove or rename",
+        ),
+        (
+            {"train": {"a": 1, "b": 1}, "val": {"a": 1}},
+            {"NUM_CLASSES": 3},
+            ValueError,
+            r"train has 2 classes, but DATA\.NUM_CLASSES is 3.*to 2, or to 0",
+        ),
+        ({}, {"NAME": "fodler"}, ValueError, r"DATA\.NAME is 'fodler', which is unknown\. Did you mean folder\?"),
+        ({}, {"NAME": "CIFAR10"}, FileNotFoundError, r"torchvision does not find CIFAR10 in .*downloads nothing"),
+        ({}, {"ROOT": ""}, FileNotFoundError, r"--data is not given"),
+        ({}, {"ROOT": "nowhere"}, FileNotFoundError, r"--data is 'nowhere', but there is no such folder"),
+    ],
+)
+def test_mistakes_are_named_with_their_remedy(tmp_path, splits, keys, error, message):
+    write_tree(tmp_path, **splits)
+    with pytest.raises(error, match=message):
+        load_splits(config(tmp_path, **keys))
+
+
+def test_images_beside_the_class_folders_are_no_class_folder(tmp_path):
+    write_image(tmp_path / "train" / "1.png")
+    with pytest.raises(ValueError, match="train has no folders"):
+        load_splits(config(tmp_path))
+
+
+@pytest.fixture
+def tree_of_2000(tmp_path):
+    """2,000 images to train on, all links to one file, and 2 to validate on."""
+    write_tree(tmp_path, train={"a": 1, "b": 1}, val={"a": 1, "b": 1})
+    for i in range(1, 1000):
+        for name in ("a", "b"):
+            (tmp_path / "train" / name / f"{i}.png").hardlink_to(tmp_path / "train" / name / "0.png")
+    return tmp_path
+
+
+def break_image(path, content=b"no image"):
+    path.unlink()
+    path.write_bytes(content)
+
+
+def test_one_broken_image_in_1000_is_named_and_skipped_and_two_are_an_error(tree_of_2000, caplog):
+    break_image(tree_of_2000 / "train/a/3.png")
+    break_image(tree_of_2000 / "train/b/7.png")
+    train, _ = build_datasets(config(tree_of_2000))
+    assert "1 of at most 2" in caplog.text and "a/3.png" in caplog.text and "b/7.png" in caplog.text
+    labels = [train[i][1] for i in range(len(train))]
+    # The next image stands for a broken one.
+    assert labels == [0] * 1000 + [1] * 1000
+    assert len(caplog.records) == 2
+    break_image(tree_of_2000 / "train/b/8.png")
+    with pytest.raises(ValueError, match=r"b/8\.png.*broken image 3 of the 2000 of .*no more than 1 in 1000"):
+        build_datasets(config(tree_of_2000))
+
+
+def test_an_image_that_breaks_midway_is_found_when_its_turn_comes(tree_of_2000, caplog):
+    whole = (tree_of_2000 / "train/a/0.png").read_bytes()
+    break_image(tree_of_2000 / "train/a/4.png", whole[:200])
+    train, _ = build_datasets(config(tree_of_2000))
+    assert not caplog.records
+    for _ in range(2):
+        assert train[4][1] == 0
+    assert len(caplog.records) == 1 and "a/4.png" in caplog.text
+
+
+def test_broken_images_are_counted_across_the_loaders_processes(tree_of_2000):
+    whole = (tree_of_2000 / "train/a/0.png").read_bytes()
+    for i in range(4, 8):
+        break_image(tree_of_2000 / f"train/a/{i}.png", whole[:200])
+    train, _ = build_datasets(config(tree_of_2000))
+    train.transform = lambda image: torch.zeros(1)
+    loader = torch.utils.data.DataLoader(train, batch_size=2, num_workers=2)
+    # Each process meets two of them, which it alone would skip.
+    with pytest.raises(ValueError, match="no more than 1 in 1000 may be skipped"):
+        list(loader)
+
+
+def test_a_broken_image_to_validate_on_has_no_label():
+    samples = [("nowhere.png", 0)] + [(Image.new("L", (3, 3)), 1)] * 1999
+    images = LabelledImages(Split("here", ["a", "b"], samples), is_train=False)
+    assert images[0][1] == NO_LABEL and images[1][1] == 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 3000), st.data())
+def test_no_more_than_one_in_1000_is_ever_skipped(total, data):
+    broken = data.draw(st.sets(st.integers(0, total - 1), max_size=5))
+    good = Image.new("RGB", (1, 1))
+    samples = [("nowhere.png" if i in broken else good, 0) for i in range(total)]
+    images = LabelledImages(Split("here", ["a"], samples), is_train=True)
+
+    def read_all():
+        return [images[i] for i in range(total)]
+
+    if len(broken) * 1000 > total:
+        with pytest.raises(ValueError, match="may be skipped"):
+            read_all()
+    else:
+        assert len(read_all()) == total
+
+
+def test_the_digits_are_made_where_they_are_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr("karat_det.data.digits.NUM_CROPS", {"train": 60, "val": 50})
+    train, val = load_splits(config(tmp_path, name="digits"))
+    assert len(train.samples) == 60 and len(val.samples) == 50
+    assert train.classes == list("0123456789")
+
+
+def write_cifar10(root):
+    """A CIFAR-10 of 10 images in each file; torchvision's own check of the files is by their sums."""
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        content = {"data": rng.integers(256, size=(10, 3072), dtype=np.uint8), "labels": list(range(10))}
+        (folder / name).write_bytes(pickle.dumps(content))
+    names = [f"class {i}" for i in range(10)]
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
+
+
+def test_a_torchvision_dataset_on_the_disk(tmp_path, monkeypatch):
+    write_cifar10(tmp_path)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *arguments: True)
+    train, val = build_datasets(config(tmp_path, name="CIFAR10", NUM_CLASSES=10))
+    assert len(train) == 50 and len(val) == 10
+    assert train.split.classes[3] == "class 3"
+    image, label = train[13]
+    assert image.size == (32, 32) and label == 3
+
+
+class Table(list):
+    """A split of a Hugging Face dataset, as far as it is used: rows by number, and features."""
+
+    def __init__(self, names, labels):
+        super().__init__({"img": Image.new("L", (8, 8)), "label": label} for label in labels)
+        label = types.SimpleNamespace(names=names) if names else types.SimpleNamespace(dtype="int64")
+        self.features = {"img": object(), "label": label}
+
+
+@pytest.fixture
+def huggingface(monkeypatch):
+    """Gives the package datasets something to load."""
+
+    def give(loaded):
+        module = types.ModuleType("datasets")
+        module.load_from_disk = lambda root: loaded
+        monkeypatch.setitem(sys.modules, "datasets", module)
+
+    return give
+
+
+def test_a_hugging_face_dataset_on_the_disk(tmp_path, huggingface):
+    huggingface({"train": Table(["a", "b", "c"], [2, 0, 1]), "test": Table(["c", "a"], [0, 1])})
+    train, val = build_datasets(config(tmp_path, name="huggingface", IMAGE_COLUMN="img"))
+    assert [train[i][1] for i in range(3)] == [2, 0, 1]
+    assert [val[i][1] for i in range(2)] == [2, 0]
+    assert train[0][0].mode == "RGB"
+
+
+@pytest.mark.parametrize(
+    ("loaded", "keys", "message"),
+    [
+        ({"train": Table("ab", [0])}, {}, r"must have the splits train and val or .*but it has train\."),
+        (Table("ab", [0]), {}, r"but it is a single split\."),
+        ({"train": Table("ab", [0]), "val": Table("ab", [])}, {"IMAGE_COLUMN": "img"}, r"the split val of .*no image"),
+        ({"train": Table("ab", [0]), "val": Table("ab", [0])}, {}, r"IMAGE_COLUMN is 'image'.*Its columns: img, label"),
+        (
+            {"train": Table(None, [0]), "val": Table("ab", [0])},
+            {"IMAGE_COLUMN": "img"},
+            r"class_encode_column",
+        ),
+    ],
+)
+def test_mistakes_of_hugging_face_datasets(tmp_path, huggingface, loaded, keys, message):
+    huggingface(loaded)
+    with pytest.raises(ValueError, match=message):
+        load_splits(config(tmp_path, name="huggingface", **keys))
+
+
+def test_a_missing_package_is_named_with_how_to_install_it(tmp_path, monkeypatch):
+    # Where it is not installed, Python takes the folder datasets of this project for an empty package of that name.
+    monkeypatch.setitem(sys.modules, "datasets", types.ModuleType("datasets"))
+    with pytest.raises(ImportError, match=r"needs the package datasets.*pip install datasets"):
+        load_splits(config(tmp_path, name="huggingface"))

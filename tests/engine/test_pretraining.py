@@ -1,0 +1,344 @@
+import copy
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling import build_model
+from PIL import Image
+from timm.data.auto_augment import RandAugment
+
+from karat_det.checkpoint.loading import load_weights
+from karat_det.checkpoint.resampling import TokenGrid, resample_operator
+from karat_det.engine.pretraining import (
+    Pretrainer,
+    build_optimizer,
+    build_scheduler,
+    evaluate,
+    evaluate_file,
+    load_pretrain_cfg,
+)
+from karat_det.engine.setup import load_cfg
+
+SMALL = {
+    "MODEL.IMG_SIZE": 16,
+    "MODEL.PATCH_SIZE": 8,
+    "MODEL.EMBED_DIM": 12,
+    "MODEL.DEPTH": 2,
+    "MODEL.NUM_HEADS": 2,
+    "MODEL.DROP_PATH_RATE": 0.2,
+    "MODEL.KARAT.RANK": 3,
+    "MODEL.DEVICE": "cpu",
+    "DATALOADER.NUM_WORKERS": 0,
+    "SOLVER.IMS_PER_BATCH": 4,
+    "SOLVER.EPOCHS": 3,
+    "SOLVER.WARMUP_EPOCHS": 1,
+    "SOLVER.BASE_LR": 0.1,
+    "SOLVER.EMA_DECAY": 0.9,
+}
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A folder of dark and bright images: 9 to train on, 5 to validate on."""
+    root = tmp_path_factory.mktemp("tree")
+    rng = np.random.default_rng(0)
+    for split, counts in (("train", (5, 4)), ("val", (3, 2))):
+        for name, count in zip(("bright", "dark"), counts, strict=True):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(128, size=(20, 20, 3)) + 128 * (name == "bright")
+                Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def make_cfg(tree, tmp_path):
+    def make(**overrides):
+        keys = SMALL | {"OUTPUT_DIR": str(tmp_path / "out")} | overrides
+        return load_pretrain_cfg("", [str(word) for pair in keys.items() for word in pair], str(tree))
+
+    return make
+
+
+def train(cfg, **arguments):
+    (trainer := Pretrainer(cfg, **arguments)).train()
+    return trainer
+
+
+def saved(cfg, name="model_last"):
+    return torch.load(f"{cfg.OUTPUT_DIR}/{name}.pth", weights_only=True)
+
+
+def equal(a, b):
+    """Whether two nested containers of tensors and numbers are the same, bit by bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_resumed_run_is_the_uninterrupted_one(make_cfg, tmp_path, num_workers):
+    cfg = make_cfg(**{"DATALOADER.NUM_WORKERS": num_workers})
+    train(cfg)
+    other = make_cfg(**{"DATALOADER.NUM_WORKERS": num_workers, "OUTPUT_DIR": tmp_path / "other"})
+    interrupted = Pretrainer(other)
+    after_step = interrupted.after_step
+
+    def stop_in_the_third_epoch():
+        after_step()
+        if interrupted.iter == 4:
+            raise KeyboardInterrupt
+
+    interrupted.after_step = stop_in_the_third_epoch
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.train()
+    assert saved(other)["epoch"] == 2
+    # Whatever was drawn in the meantime.
+    torch.rand(7), np.random.rand(7)
+    train(other, resume=True)
+    a, b = saved(cfg), saved(other)
+    assert a.pop("config") != b.pop("config")
+    assert a["epoch"] == 3 and a["trainer"]["iteration"] == 5
+    assert equal(a, b)
+    # And something was learned from one epoch to the next.
+    assert not equal(saved(cfg, "model_best"), {}) and a["model"].keys() == a["model_ema"].keys()
+
+
+def test_epochs_differ_in_order_and_seeds_in_weights(make_cfg, tmp_path):
+    first = Pretrainer(make_cfg())
+    batches = first._batches()
+    epochs = [[next(batches)[0] for _ in range(first.epoch_length)] for _ in range(2)]
+    assert not torch.equal(epochs[0][0], epochs[1][0])
+    second = Pretrainer(make_cfg(SEED=1))
+    assert not equal(first.model.state_dict(), second.model.state_dict())
+    assert equal(first.model.state_dict(), Pretrainer(make_cfg()).model.state_dict())
+
+
+def test_a_checkpoint_holds_what_a_detector_and_a_card_need(make_cfg):
+    cfg = make_cfg()
+    train(cfg)
+    best, last = saved(cfg, "model_best"), saved(cfg)
+    assert {"model", "model_ema", "token_grids", "config", "epoch", "figures", "classes"} <= last.keys()
+    assert last["classes"] == ["bright", "dark"] and last["config"] == cfg.dump()
+    assert last["figures"].keys() == {"top-1", "top-5", "val_loss"}
+    assert not equal(last["model"], last["model_ema"])
+    lines = [json.loads(line) for line in Path(cfg.OUTPUT_DIR, "metrics.json").read_text().splitlines()]
+    measured = {line["iteration"]: line["top-1"] for line in lines if "top-1" in line}
+    assert measured.keys() == {1, 3, 5}
+    # The first of the best.
+    assert best["figures"]["top-1"] == max(measured.values())
+    assert best["trainer"]["iteration"] == min(i for i, top in measured.items() if top == max(measured.values()))
+    assert {"lr", "grad_norm", "total_loss", "images/s"} <= {key for line in lines for key in line}
+
+
+def test_the_evaluation_of_a_file_is_that_of_the_run(make_cfg):
+    cfg = make_cfg()
+    trainer = train(cfg)
+    assert evaluate_file(cfg, f"{cfg.OUTPUT_DIR}/model_last.pth") == trainer.evaluate() == saved(cfg)["figures"]
+    assert evaluate_file(cfg) == saved(cfg, "model_best")["figures"]
+
+
+def test_fine_tuning_leaves_a_head_for_other_classes_at_its_start(make_cfg, tmp_path, tree, caplog):
+    cfg = make_cfg()
+    train(cfg)
+    (tmp_path / "more").mkdir()
+    for split in ("train", "val"):
+        for name in ("bright", "dark", "third"):
+            (tmp_path / "more" / split).mkdir(exist_ok=True)
+            source = tree / split / ("dark" if name == "third" else name)
+            (tmp_path / "more" / split / name).symlink_to(source)
+    fresh = make_cfg(**{"DATA.ROOT": tmp_path / "more", "OUTPUT_DIR": tmp_path / "fine"})
+    fresh.defrost()
+    fresh.DATA.ROOT = str(tmp_path / "more")
+    caplog.set_level("INFO")
+    tuned = Pretrainer(fresh, init_from=f"{cfg.OUTPUT_DIR}/model_best.pth")
+    start = Pretrainer(fresh).model.state_dict()
+    averaged = saved(cfg, "model_best")["model_ema"]
+    for key, tensor in tuned.model.state_dict().items():
+        assert torch.equal(tensor, start[key] if key.startswith("head.") else averaged[key]), key
+    # What is averaged and trained starts from the same.
+    assert equal(tuned.ema.module.state_dict(), tuned.model.state_dict())
+    assert "the classifier's head, for 2 classes where the model has 3" in caplog.text
+
+
+def test_weights_that_do_not_fit_are_refused(make_cfg, tmp_path):
+    cfg = make_cfg()
+    train(cfg)
+    best = f"{cfg.OUTPUT_DIR}/model_best.pth"
+    wider = {"MODEL.EMBED_DIM": 24, "OUTPUT_DIR": tmp_path / "other"}
+    with pytest.raises(ValueError, match=r"do not fit the model.*another shape"):
+        Pretrainer(make_cfg(**wider), init_from=best)
+    with pytest.raises(ValueError, match=r"do not fit the model.*another shape"):
+        Pretrainer(make_cfg(**wider | {"OUTPUT_DIR": cfg.OUTPUT_DIR}), resume=True)
+    with pytest.raises(ValueError, match="model is a Swin"):
+        keys = {"MODEL.NAME": "swin_tiny_patch4_window7_224", "MODEL.IMG_SIZE": 224, "MODEL.PATCH_SIZE": 4}
+        keys |= {f"MODEL.{key}": None for key in ("EMBED_DIM", "DEPTH", "NUM_HEADS")} | {"MODEL.KARAT.ENABLED": False}
+        Pretrainer(make_cfg(**keys, OUTPUT_DIR=tmp_path / "other"), init_from=best)
+    with pytest.raises(ValueError, match=r"saved after 6 steps, which are no whole epochs of 4 steps"):
+        Pretrainer(make_cfg(**{"SOLVER.IMS_PER_BATCH": 2}), resume=True)
+    no_average = make_cfg(**{"SOLVER.EMA_DECAY": 0.0, "OUTPUT_DIR": tmp_path / "plain"})
+    train(no_average)
+    assert "model_ema" not in saved(no_average)
+    with pytest.raises(ValueError, match=r"EMA_DECAY is 0\.9, but .* has averaged no weights"):
+        Pretrainer(make_cfg(OUTPUT_DIR=tmp_path / "plain"), resume=True)
+
+
+def test_a_finished_run_does_nothing_and_goes_on_with_more_epochs(make_cfg, caplog):
+    cfg = make_cfg()
+    train(cfg)
+    before = saved(cfg)
+    caplog.set_level("INFO")
+    train(cfg, resume=True)
+    assert "has had all of its 3 epochs" in caplog.text and equal(saved(cfg), before)
+    train(make_cfg(**{"SOLVER.EPOCHS": 4}), resume=True)
+    assert saved(cfg)["epoch"] == 4
+
+
+def test_a_loss_that_is_no_number_stops_with_the_step_and_keeps_the_checkpoint(make_cfg):
+    cfg = make_cfg()
+    trainer = Pretrainer(cfg)
+    before_step = trainer.before_step
+
+    def poison():
+        before_step()
+        if trainer.iter == 3:
+            trainer.model.head.bias.data.fill_(math.nan)
+
+    trainer.before_step = poison
+    with pytest.raises(FloatingPointError, match=r"diverged at iteration 3\. The loss is not finite"):
+        trainer.train()
+    last = saved(cfg)
+    assert last["epoch"] == 1 and all(tensor.isfinite().all() for tensor in last["model"].values())
+
+
+def test_the_rate_is_that_of_the_batch_and_follows_a_cosine_after_the_warm_up(make_cfg):
+    cfg = make_cfg(**{"SOLVER.BASE_LR": 0.0005, "SOLVER.IMS_PER_BATCH": 128, "SOLVER.EPOCHS": 10})
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.0005 * 128 / 512)
+    scheduler = build_scheduler(cfg, optimizer, epoch_length=10)
+    rates = []
+    for step in range(100):
+        scheduler.step_update(step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[0] == pytest.approx(1e-6) and rates[10] == pytest.approx(1.25e-4, rel=0.05)
+    assert rates[5] == pytest.approx((1e-6 + 1.25e-4) / 2)
+    assert rates[50] == pytest.approx((1e-5 + 1.25e-4) / 2) and rates[99] == pytest.approx(1e-5, rel=0.1)
+    model = Pretrainer(make_cfg()).model
+    assert {group["lr"] for group in build_optimizer(cfg, model).param_groups} == {1.25e-4}
+
+
+def test_operators_norms_biases_and_positions_have_no_weight_decay(make_cfg):
+    cfg = make_cfg()
+    model = Pretrainer(cfg).model
+    spared = {
+        id(parameter)
+        for group in build_optimizer(cfg, model).param_groups
+        for parameter in group["params"]
+        if not group["weight_decay"]
+    }
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in spared}
+    assert {"operator.coefficients", "pos_embed", "cls_token", "norm.weight", "blocks.0.attn.qkv.bias"} <= names
+    assert not {"operator.projector", "blocks.0.attn.qkv.weight", "head.weight", "patch_embed.proj.weight"} & names
+
+
+def test_top_1_and_top_5_count_each_image_once():
+    logits = torch.eye(10)[[3, 4, 5, 6]] + torch.linspace(0, 0.1, 10)
+    # Right; among five; not among five; not to be counted.
+    labels = torch.tensor([3, 9, 0, -1])
+    batches = [(logits[:3], labels[:3]), (logits[3:], labels[3:])]
+    figures = evaluate(torch.nn.Identity(), batches, {"device_type": "cpu", "enabled": False})
+    assert figures["top-1"] == pytest.approx(100 / 3) and figures["top-5"] == pytest.approx(200 / 3)
+    expected = torch.nn.functional.cross_entropy(logits[:3], labels[:3]).item()
+    assert figures["val_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"SOLVER.IMS_PER_BATCH": 3}, r"SOLVER\.IMS_PER_BATCH is 3, .*must be even; or set AUG\.MIX_PROB 0"),
+        ({"SOLVER.IMS_PER_BATCH": 0}, r"SOLVER\.IMS_PER_BATCH is 0\. It must be at least 1"),
+        ({"SOLVER.WARMUP_EPOCHS": 3}, r"SOLVER\.WARMUP_EPOCHS is 3\. It must be below SOLVER\.EPOCHS, 3"),
+        ({"SOLVER.EPOCHS": 0}, r"SOLVER\.EPOCHS is 0\. It must be at least 1"),
+        ({"SOLVER.EMA_DECAY": 1.0}, r"SOLVER\.EMA_DECAY is 1\.0\. It must be from 0 to below 1"),
+        ({"SOLVER.BASE_LR": 0.0}, r"SOLVER\.BASE_LR is 0\.0\. It must be above 0"),
+        ({"AUG.MIX_PROB": 1.5}, r"AUG\.MIX_PROB is 1\.5\. It must be from 0 to 1"),
+        ({"AUG.SCALE": "(1.0, 0.5)"}, r"AUG\.SCALE is \(1\.0, 0\.5\)\. It must be \(smallest, largest\)"),
+        ({"AUG.RAND_AUGMENT": "m9"}, r"AUG\.RAND_AUGMENT is 'm9'"),
+        ({"SOLVER.CLIP_GRADIENTS.CLIP_TYPE": "total"}, r"CLIP_TYPE is 'total'\. Known: full_model, norm, value"),
+        ({"TEST.CROP_RATIO": 0.0}, r"TEST\.CROP_RATIO is 0"),
+        ({"SEED": -1}, r"SEED is -1\. It must be at least 0"),
+        ({"SOLVER.EPOCH": 3}, r"There is no key SOLVER\.EPOCH\. Did you mean SOLVER\.EPOCHS"),
+        ({"MODEL.VIT.DEPTH": 3}, r"There is no key MODEL\.VIT\.DEPTH"),
+    ],
+)
+def test_mistakes_in_the_config_are_named(make_cfg, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        make_cfg(**overrides)
+
+
+def test_too_few_images_for_one_step(make_cfg):
+    with pytest.raises(ValueError, match=r"IMS_PER_BATCH is 64, and .*train has 9 images: too few"):
+        Pretrainer(make_cfg(**{"SOLVER.IMS_PER_BATCH": 64}))
+
+
+def test_the_papers_augmentation_never_asks_for_what_pillow_refuses(make_cfg):
+    loader = Pretrainer(make_cfg()).loader
+    operations = [
+        operation
+        for transform in loader.dataset.transform.transforms
+        if isinstance(transform, RandAugment)
+        for operation in transform.ops
+    ]
+    assert len(operations) > 10
+    image = Image.new("RGB", (16, 16), (200, 100, 50))
+    for operation in operations:
+        operation.prob = 1.0
+        operation(image)
+
+
+def test_without_mixing_the_labels_are_smoothed(make_cfg):
+    trainer = Pretrainer(make_cfg(**{"AUG.MIX_PROB": 0.0}))
+    images, labels = next(iter(trainer.loader))
+    assert labels.dtype == torch.int64
+    with_loss = copy.deepcopy(trainer.step.model).eval()
+    expected = torch.nn.functional.cross_entropy(with_loss.model(images), labels, label_smoothing=0.1)
+    assert with_loss((images, labels))["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+    _, mixed = next(iter(Pretrainer(make_cfg()).loader))
+    assert mixed.shape == (4, 2) and torch.allclose(mixed.sum(dim=1), torch.ones(4))
+
+
+def test_bfloat16_trains_on_the_cpu_if_asked(make_cfg):
+    assert not make_cfg().SOLVER.AMP.ENABLED
+    cfg = make_cfg(**{"SOLVER.AMP.ENABLED": True, "SOLVER.EPOCHS": 2})
+    trainer = train(cfg)
+    assert trainer.step.autocast == {"device_type": "cpu", "dtype": torch.bfloat16, "enabled": True}
+    model = saved(cfg)["model"]
+    assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in model.values())
+
+
+def test_a_detector_starts_from_the_averaged_weights(make_cfg, configs):
+    sizes = {"EMBED_DIM": 12, "DEPTH": 2, "NUM_HEADS": 2}
+    cfg = make_cfg(**{"MODEL.IMG_SIZE": 24} | {f"MODEL.{key}": value for key, value in sizes.items()})
+    train(cfg)
+    opts = [word for key, value in sizes.items() for word in (f"MODEL.VIT.{key}", str(value))]
+    opts += ["MODEL.DEVICE", "cpu", "MODEL.VIT.IMG_SIZE", "48", "MODEL.VIT.PRETRAIN_IMG_SIZE", "48"]
+    opts += ["MODEL.KARAT.RANK", "3", "MODEL.KARAT.RESIDUAL", "none"]
+    detector = build_model(load_cfg(str(configs / "quickstart.yaml"), opts))
+    load_weights(detector, f"{cfg.OUTPUT_DIR}/model_best.pth", complete=False)
+    averaged, vit = saved(cfg, "model_best")["model_ema"], detector.backbone.net
+    assert torch.equal(vit.blocks[1].attn.qkv.weight, averaged["blocks.1.attn.qkv.weight"])
+    # 3 × 3 tokens and a class token become 6 × 6.
+    assert averaged["operator.projector"].shape[1] == 10 and vit.operator.projector.shape[1] == 36
+    expected = resample_operator(
+        {key: averaged[f"operator.{key}"] for key in ("coefficients", "projector")},
+        vit.operator,
+        TokenGrid(3, 3, class_tokens=1),
+        TokenGrid(6, 6),
+    )
+    assert torch.allclose(vit.operator.projector, expected["projector"])
