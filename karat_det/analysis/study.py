@@ -29,7 +29,7 @@ import torch
 import yaml
 from tabulate import tabulate
 
-from ..engine.setup import load_cfg
+from ..engine.setup import check_model_and_datasets, load_cfg
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -59,7 +59,8 @@ class Study:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is no study, or a run's config has an unknown key or a value that is not allowed.
+            ValueError: it is no study, or a run's config has an unknown key, a value that is not allowed, or sizes that
+                do not fit each other.
         """
         path = Path(path)
         if not path.is_file():
@@ -85,8 +86,14 @@ class Study:
             starts=content["STARTS"],
             variants=content["VARIANTS"],
         )
+        for key, names in (("STARTS", study.starts), ("VARIANTS", study.variants)):
+            if len({_folder_name(name) for name in names}) < len(names):
+                raise ValueError(f"{path}: two of {key} differ only in signs, and would share a folder. Rename one.")
+        if len(set(study.seeds)) < len(study.seeds):
+            raise ValueError(f"{path}: SEEDS is {study.seeds}. Each may be there once.")
         for settings in (*study.starts.values(), *study.variants.values()):
-            load_cfg(str(study.config), _words(study.settings | settings))
+            cfg = load_cfg(str(study.config), _words(study.settings | settings))
+            check_model_and_datasets(cfg, training=True)
         return study
 
     def runs(self) -> Iterator[tuple[str, str, int]]:
@@ -118,7 +125,9 @@ def run_study(study: Study, output_dir: str | Path, jobs: int) -> str:
 
     def train_start(start: str) -> Path:
         folder = output_dir / _folder_name(start)
-        _train(study, study.settings | study.starts[start], folder, job=0)
+        result = _train(study, study.settings | study.starts[start], folder, job=0)
+        if not np.isfinite(result["segm/AP"]):
+            raise RuntimeError(f"{folder}: the start {start!r} diverged, so that nothing can start from it.")
         return _backbone_alone(folder)
 
     def train(job: int, variant: str, start: str, seed: int) -> dict[str, Any]:
@@ -238,10 +247,17 @@ def _plot(study: Study, values: dict, path: Path) -> None:
 
 def _train(study: Study, settings: Settings, folder: Path, job: int) -> dict[str, float]:
     """Trains one run to its end, unless it has a result, and returns its AP."""
-    result = folder / "result.json"
+    result, settings_file = folder / "result.json", folder / "settings.json"
+    told = json.dumps(settings, indent=1) + "\n"
+    if settings_file.is_file() and settings_file.read_text(encoding="utf-8") != told:
+        raise RuntimeError(
+            f"{folder} holds a run with other settings, see settings.json there. Remove the folder, or name another "
+            "--output."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    settings_file.write_text(told, encoding="utf-8")
     if result.is_file():
         return json.loads(result.read_text(encoding="utf-8"))
-    folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(_TRAIN_NET), "--config-file", str(study.config), "--resume"]
     environment = dict(os.environ)
     if torch.cuda.is_available():
@@ -249,20 +265,25 @@ def _train(study: Study, settings: Settings, folder: Path, job: int) -> dict[str
     else:
         environment.setdefault("OMP_NUM_THREADS", "1")
     logger.info("Training %s", folder)
-    with open(folder / "console.txt", "a", encoding="utf-8") as console:
+    console_file = folder / "console.txt"
+    said_before = console_file.stat().st_size if console_file.is_file() else 0
+    with open(console_file, "a", encoding="utf-8") as console:
         status = subprocess.run(
             [*command, *_words(settings | {"OUTPUT_DIR": str(folder)})], stdout=console, stderr=console, env=environment
         ).returncode
     if status == 0:
         figures = _last_evaluation(folder / "metrics.json")
-    elif _DIVERGED in (folder / "console.txt").read_text(encoding="utf-8"):
+    elif _DIVERGED in console_file.read_bytes()[said_before:].decode(errors="replace"):
         figures = dict.fromkeys(_METRICS, float("nan"))
     else:
         raise RuntimeError(f"{folder}: training ended with status {status}; see console.txt there.")
+    partial = result.with_suffix(".partial")
+    partial.write_text(json.dumps(figures) + "\n", encoding="utf-8")
+    partial.replace(result)
+    # Only now: without a result the run would want its last checkpoint.
     for checkpoint in folder.glob("model_*.pth"):
         if checkpoint.name != "model_final.pth":
             checkpoint.unlink()
-    result.write_text(json.dumps(figures) + "\n", encoding="utf-8")
     return figures
 
 

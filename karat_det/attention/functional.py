@@ -103,11 +103,11 @@ def by_rows(
         return function(*rowwise, *shared)
     if torch.compiler.is_compiling():
         # torch.compile cannot look into the backward pass of _ByRows. It unrolls the chunks: so let them be few.
-        rows = max(1, 2**23 // numbers_per_row)
+        rows = max(1, 2**23 // max(1, numbers_per_row))
         chunks = (_cut(rowwise, slice(row, row + rows)) for row in range(0, rowwise[0].shape[-2], rows))
         return torch.cat([checkpoint(function, *chunk, *shared, use_reentrant=False) for chunk in chunks], dim=-2)
     # Larger chunks than in fourier_sums: each adds to the gradients of all that is shared.
-    rows = max(1, _chunk_size(rowwise[0].device, per_thread=2**20) // numbers_per_row)
+    rows = max(1, _chunk_size(rowwise[0].device, per_thread=2**20) // max(1, numbers_per_row))
     return _ByRows.apply(function, rows, len(rowwise), *rowwise, *shared)
 
 
@@ -321,7 +321,7 @@ def _share_heads(work: "Callable[[_Chunks], None]", query: Tensor, key: Tensor, 
     """
     num_heads, num_threads = len(query), torch.get_num_threads()
     num_scores = query[..., 0].numel() * key.shape[2]
-    workers = min(num_threads, num_heads, math.ceil(num_scores / _chunk_size(query.device)))
+    workers = max(1, min(num_threads, num_heads, math.ceil(num_scores / _chunk_size(query.device))))
     if query.device.type != "cpu" or workers == 1 or not in_threads:
         work(_Chunks(query, key, range(num_heads)))
         return
@@ -356,8 +356,8 @@ class _Chunks:
         self.row_size = key.shape[2]
         room = max(1, _chunk_size(query.device) // self.row_size)  # rows in a chunk
         self.rows = min(self.num_rows, room)
-        self.items = min(self.batch_size, max(1, room // self.rows))
-        self.heads = min(len(heads), max(1, room // (self.rows * self.batch_size)))
+        self.items = max(1, min(self.batch_size, room // self.rows))
+        self.heads = min(len(heads), max(1, room // (self.rows * max(1, self.batch_size))))
         self.allocate = partial(query.new_empty, self.heads * self.items * self.rows * self.row_size)
         self.allocated: dict[int, Tensor] = {}
         self.one_and_zero = query.new_ones(()), query.new_zeros(())

@@ -100,9 +100,10 @@ class KArAtAttention(nn.Module):
             raise ValueError("is_causal is True. Tokens of an image have no order: give an attn_mask, or False.")
         is_mask = attn_mask is not None and attn_mask.dtype == torch.bool
         full, mask = (None, attn_mask) if is_mask else (attn_mask, None)
-        batch_size, channels = x.shape[0], x.shape[-1]
+        batch_size, num_tokens, channels = x.shape[0], x.shape[1:-1].numel(), x.shape[-1]
         # (3, B, heads, N, d)
-        qkv = self.qkv(x).reshape(batch_size, -1, 3, self.num_heads, channels // self.num_heads).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(x).reshape(batch_size, num_tokens, 3, self.num_heads, channels // self.num_heads)
+        qkv = qkv.permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind(0)
         positions = rel_pos_terms(query, self.rel_pos_h, self.rel_pos_w) if self.use_rel_pos else ()
         attended = self.operator.attend(query, key, value, Bias(full, *positions), mask=mask)  # (B, heads, N, d)
@@ -127,8 +128,9 @@ def rel_pos_terms(query: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> tuple[
     height, width = (len(rel_pos_h) + 1) // 2, (len(rel_pos_w) + 1) // 2
     with torch.autocast(query.device.type, enabled=False):
         on_grid = at_least_float32(query).unflatten(2, (height, width))
-        vertical = torch.einsum("bnhwd,hkd->bnhwk", on_grid, rel_pos_h[_differences(height, query.device)])
-        horizontal = torch.einsum("bnhwd,wkd->bnhwk", on_grid, rel_pos_w[_differences(width, query.device)])
+        rows, columns = at_least_float32(rel_pos_h), at_least_float32(rel_pos_w)
+        vertical = torch.einsum("bnhwd,hkd->bnhwk", on_grid, rows[_differences(height, query.device)])
+        horizontal = torch.einsum("bnhwd,wkd->bnhwk", on_grid, columns[_differences(width, query.device)])
     return vertical.flatten(2, 3), horizontal.flatten(2, 3)
 
 

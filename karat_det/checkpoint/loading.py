@@ -8,6 +8,7 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
@@ -82,6 +83,9 @@ class SafeCheckpointer(DetectionCheckpointer):
         try:
             torch.save({**model, **states, **extra}, partial)
             os.replace(partial, path)
+            # Detectron2's tag_last_checkpoint would leave an empty file where the disk is full by now.
+            Path(partial).write_text(f"{name}.pth", encoding="utf-8")
+            os.replace(partial, os.path.join(self.save_dir, "last_checkpoint"))
         except (OSError, RuntimeError) as error:  # torch's own, where a disk is full
             raise OSError(
                 f"Cannot save {path}: {error}. Is the disk full? The checkpoint before is whole: make room, and go on "
@@ -90,7 +94,6 @@ class SafeCheckpointer(DetectionCheckpointer):
         finally:
             if os.path.exists(partial):
                 os.remove(partial)
-        self.tag_last_checkpoint(f"{name}.pth")
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         checkpoint = read_weights(filename, averaged=not self.resumes)

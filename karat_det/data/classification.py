@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from fvcore.common.config import CfgNode
 from PIL import Image
-from timm.data import create_dataset
 from torchvision import datasets as torchvision_datasets
 
 from .digits import generate_crops
@@ -232,25 +231,17 @@ def _load_folder_split(root: str, names: Sequence[str]) -> Split:
             f"{os.path.abspath(root)} (--data) has no folder {' or '.join(names)}. It must hold train/<class>/ and "
             "val/<class>/ with images in them."
         )
-    class_folders = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    if not class_folders:
+    if not any(path.is_dir() for path in folder.iterdir()):
         raise ValueError(f"{folder} has no folders. It must hold one for each class, with images in it.")
-    try:
-        reader = create_dataset("", root=str(folder), search_split=False).reader
-        empty = [name for name in class_folders if not _holds_any(folder / name, reader.class_to_idx)]
-    except RuntimeError:  # timm's, where there is no image at all
-        empty = class_folders
+    images = torchvision_datasets.ImageFolder(str(folder), allow_empty=True)
+    held = set(images.targets)
+    empty = [name for label, name in enumerate(images.classes) if label not in held]
     if empty:
         raise ValueError(
-            f"{len(empty)} of the {len(class_folders)} class folders of {folder} hold no image: "
+            f"{len(empty)} of the {len(images.classes)} class folders of {folder} hold no image: "
             f"{', '.join(empty[:5])}{', …' if len(empty) > 5 else ''}. Put images there, or remove the folders."
         )
-    return Split(str(folder), list(reader.class_to_idx), reader.samples)
-
-
-def _holds_any(folder: Path, classes: dict[str, int]) -> bool:
-    """Whether a class folder, or one within it, gave a class its name: timm takes the innermost."""
-    return folder.name in classes or any(path.name in classes for path in folder.rglob("*") if path.is_dir())
+    return Split(str(folder), images.classes, images.samples)
 
 
 def _load_torchvision(name: str, root: str) -> tuple[Split, Split]:

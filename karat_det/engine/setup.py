@@ -110,7 +110,10 @@ def check_model_and_datasets(cfg: CfgNode, training: bool) -> None:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
-    build_model(cfg)
+    try:
+        build_model(cfg)
+    except (KeyError, AssertionError) as error:  # Detectron2's, where a name is in no registry or a length is wrong
+        raise ValueError(f"The model of this config cannot be built: {error}") from None
 
 
 def check_output_dir(output_dir: str) -> None:

@@ -53,6 +53,9 @@ def test_the_projects_study_is_one(configs):
         ({"VARIANTS": {"a": {"MODEL.KARAT.GRIDSIZE": 3}}}, "no key MODEL.KARAT.GRIDSIZE"),
         ({"SETTINGS": {"SOLVER.MAX_ITER": "many"}}, "override does not fit"),
         ({"MORE": 1}, "must have the keys CONFIG, SETTINGS"),
+        ({"SEEDS": [1, 2, 1]}, r"SEEDS is \[1, 2, 1\]. Each may be there once"),
+        ({"VARIANTS": {"a + b": {}, "a × b": {}}}, "two of VARIANTS differ only in signs"),
+        ({"VARIANTS": {"a": {"MODEL.KARAT.RANK": 1000}}}, "MODEL.KARAT.RANK is 1000, above N"),
         ({"CONFIG": "nowhere.yaml"}, "nowhere.yaml"),
     ],
 )

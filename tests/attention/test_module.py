@@ -82,6 +82,23 @@ def test_relative_positions_learn():
     assert attention.rel_pos_w.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("fields", [{}, {"residual": "softmax"}, {"basis": "dog"}], ids=str)
+def test_an_empty_batch_gives_nothing_and_no_gradients(fields):
+    attention = KArAtAttention(8, 2, 6, KArAtConfig(rank=2, **fields), use_rel_pos=True, input_size=(2, 3))
+    x = torch.randn(0, 2, 3, 8, requires_grad=True)
+    attention(x).sum().backward()
+    assert x.grad.shape == x.shape
+    assert not any(parameter.grad.any() for parameter in attention.parameters() if parameter.grad is not None)
+
+
+def test_a_model_of_half_precision_has_relative_positions_too():
+    attention = KArAtAttention(8, 2, 6, KArAtConfig(rank=2), use_rel_pos=True, input_size=(2, 3)).bfloat16()
+    x = torch.randn(1, 2, 3, 8)
+    output = attention(x.bfloat16())
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), attention.float()(x), atol=0.02, rtol=0.05)
+
+
 def test_shared_operator_is_one_module_registered_by_its_owner_alone():
     owner = torch.nn.Module()
     owner.operator = KArAtOperator(2, 4, KArAtConfig(rank=2))

@@ -10,6 +10,7 @@ import pycocotools.mask as mask_util
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from PIL import ExifTags, Image
 
 from karat_det.data import registration
 from karat_det.data.registration import load_checked_dicts, load_checked_test_dicts, register_from_config
@@ -204,6 +205,19 @@ def test_file_that_is_no_image_is_named_before_the_run(own_cfg, own, content, mo
     # Larger datasets would take too long.
     monkeypatch.setattr(registration, "MAX_IMAGES_OPENED", 2)
     assert len(load(own_cfg)) == 2
+
+
+def test_size_of_an_image_must_be_that_of_the_json_upright(own_cfg, own):
+    # A phone's photograph: 30 × 40 pixels that are to be turned by a quarter.
+    with Image.open(own.image_dir / "1.png") as image:
+        turned = image.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    turned.save(own.image_dir / "1.png", exif=exif)
+    assert len(load(own_cfg)) == 2
+    turned.save(own.image_dir / "1.png")
+    with pytest.raises(ValueError, match=r"images/1\.png has 30 × 40 pixels, .* its annotations are for 40 × 30"):
+        load(own_cfg)
 
 
 def test_missing_subfolder_of_images_is_named(own_cfg, own):

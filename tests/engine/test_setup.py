@@ -10,7 +10,7 @@ from detectron2.modeling.roi_heads import FastRCNNConvFCHead
 from karat_det.attention import KArAtAttention
 from karat_det.attention.window import KArAtWindowAttention
 from karat_det.config import add_karat_config
-from karat_det.engine.setup import check_output_dir, load_cfg, run_distributed
+from karat_det.engine.setup import check_model_and_datasets, check_output_dir, load_cfg, run_distributed
 
 ALL_CONFIGS = [
     path
@@ -150,3 +150,13 @@ def test_configs_build_their_model(path):
     assert isinstance(box_head, FastRCNNConvFCHead)
     assert (len(box_head.conv_norm_relus), len(box_head.fcs)) == ((2, 1) if path.stem == "quickstart" else (4, 1))
     assert len(model.proposal_generator.rpn_head.conv) == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("MODEL.BACKBONE.NAME", "build_vitdet"), ("MODEL.FPN.NORM", "LNN"), ("MODEL.ROI_HEADS.NAME", "Heads")],
+)
+def test_what_detectron2_cannot_build_is_said_before_a_run(configs, key, value):
+    cfg = load_cfg(str(configs / "quickstart.yaml"), [key, value])
+    with pytest.raises(ValueError, match="The model of this config cannot be built: "):
+        check_model_and_datasets(cfg, training=True)

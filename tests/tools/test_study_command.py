@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -67,11 +68,20 @@ def test_it_trains_every_run_once_and_ends_with_a_table_and_a_plot(study):
     assert (study / "out" / "table.md").read_text() == table
 
 
-def test_a_run_that_fails_names_its_console(study):
-    content = yaml.safe_load((study / "study.yaml").read_text())
-    content["VARIANTS"] = {"bad": {"MODEL.KARAT.RANK": 1000}}
-    (study / "bad.yaml").write_text(yaml.safe_dump(content))
-    done = run(study, "bad.yaml")
+def test_a_run_that_fails_names_its_console(study, tmp_path):
+    shutil.copytree(study / "digits", tmp_path / "digits")
+    next((tmp_path / "digits" / "train").iterdir()).write_text("no image")
+    shutil.copy(study / "study.yaml", tmp_path)
+    done = run(tmp_path)
     assert done.returncode != 0
     assert "console.txt" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_finished_run_is_not_taken_for_one_with_other_settings(study):
+    content = yaml.safe_load((study / "study.yaml").read_text())
+    content["SETTINGS"]["SOLVER.MAX_ITER"] = 3
+    (study / "longer.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    done = run(study, "longer.yaml")
+    assert done.returncode != 0
+    assert "holds a run with other settings" in done.stderr
