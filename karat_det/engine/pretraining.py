@@ -85,6 +85,9 @@ class Pretrainer(TrainerBase):
     def __init__(self, cfg: CfgNode, init_from: str = "", resume: bool = False):
         super().__init__()
         self.cfg = cfg
+        with torch.device("meta"):
+            # Checks MODEL in a moment, before the data is read.
+            build_classifier(cfg, num_classes=1)
         rank, world_size = comm.get_rank(), comm.get_world_size()
         train, val = build_datasets(cfg, rank, world_size)
         # One seed then starts all processes alike, whatever was drawn before.
