@@ -196,7 +196,8 @@ def _add_pretraining(cfg: CfgNode) -> None:
     cfg.SOLVER.EPS = 1e-6
     # Not of norms, biases, positions and the operators' coefficients.
     cfg.SOLVER.WEIGHT_DECAY = 0.05
-    # Decay of the moving average of the weights, which is what is evaluated and what starts a detector. 0 is none.
+    # Decay of the moving average of the weights, which is what is evaluated and what starts a detector. 0 is none. It
+    # is lower in the first steps, so that a short run does not end near its random weights: see timm's ModelEmaV3.
     cfg.SOLVER.EMA_DECAY = 0.99992
     # As in Detectron2; "full_model" clips by the norm of all gradients together.
     cfg.SOLVER.CLIP_GRADIENTS = CN()

@@ -16,7 +16,7 @@ from detectron2.utils.logger import setup_logger
 
 from karat_det.checkpoint.loading import check_weights_file
 from karat_det.engine.pretraining import Pretrainer, evaluate_file, load_pretrain_cfg
-from karat_det.engine.setup import check_output_dir, run_distributed
+from karat_det.engine.setup import check_output_dir, log_device, run_distributed
 
 
 def main(args):
@@ -30,6 +30,7 @@ def main(args):
         comm.synchronize()
         default_setup(cfg, args)
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="karat_det")
+        log_device(cfg, args.num_gpus)
         if args.eval_only:
             evaluate_file(cfg, args.init_from)
             return

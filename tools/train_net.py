@@ -1,7 +1,6 @@
 #!/usr/bin/env python
 """Trains or evaluates a detector: the command line of Detectron2's tools/train_net.py."""
 
-import logging
 import sys
 
 import karat_det  # noqa: F401  before Detectron2, whose imports warn of their own old calls
@@ -14,7 +13,7 @@ from detectron2.utils.logger import setup_logger
 
 from karat_det.checkpoint.loading import SafeCheckpointer, check_weights_file
 from karat_det.data.registration import load_checked_test_dicts
-from karat_det.engine.setup import check_model_and_datasets, check_output_dir, load_cfg, run_distributed
+from karat_det.engine.setup import check_model_and_datasets, check_output_dir, load_cfg, log_device, run_distributed
 from karat_det.engine.trainer import Trainer
 
 
@@ -33,14 +32,7 @@ def main(args):
         comm.synchronize()
         default_setup(cfg, args)
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="karat_det")
-        if cfg.MODEL.DEVICE == "cpu" and args.num_gpus > 0:
-            # One GPU is the default of --num-gpus, more were asked for.
-            logging.getLogger("karat_det").log(
-                logging.WARNING if args.num_gpus > 1 else logging.INFO,
-                "--num-gpus is %d, but no GPU is used: MODEL.DEVICE is cpu, SOLVER.AMP.ENABLED %s.",
-                args.num_gpus,
-                cfg.SOLVER.AMP.ENABLED,
-            )
+        log_device(cfg, args.num_gpus)
         if args.eval_only:
             model = Trainer.build_model(cfg)
             load_checked_test_dicts(cfg)

@@ -110,7 +110,7 @@ class Pretrainer(TrainerBase):
         on_cpu = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
         in_parallel = create_ddp_model(WithLoss(self.model, cfg), broadcast_buffers=False, **on_cpu)
         # Made after the processes have been brought to the same weights.
-        self.ema = ModelEmaV3(self.model, cfg.SOLVER.EMA_DECAY) if cfg.SOLVER.EMA_DECAY else None
+        self.ema = ModelEmaV3(self.model, cfg.SOLVER.EMA_DECAY, use_warmup=True) if cfg.SOLVER.EMA_DECAY else None
         self.step = Step(in_parallel, self._batches(), optimizer, cfg)
         self.scheduler = build_scheduler(cfg, optimizer, self.epoch_length)
         averaged = {"model_ema": self.ema.module} if self.ema else {}
@@ -378,7 +378,7 @@ class _AfterStep(HookBase):
     def after_step(self) -> None:
         trainer, storage = self.trainer, self.trainer.storage
         if trainer.ema:
-            trainer.ema.update(trainer.model)
+            trainer.ema.update(trainer.model, step=trainer.iter + 1)
         storage.put_scalar(
             "lr", max(group["lr"] for group in trainer.step.optimizer.param_groups), smoothing_hint=False
         )

@@ -116,6 +116,17 @@ def check_model_and_datasets(cfg: CfgNode, training: bool) -> None:
         raise ValueError(f"The model of this config cannot be built: {error}") from None
 
 
+def log_device(cfg: CfgNode, num_gpus: int) -> None:
+    """Says in the log where no GPU is used although --num-gpus asks for some."""
+    if cfg.MODEL.DEVICE == "cpu" and num_gpus > 0:
+        # One GPU is the default of --num-gpus, more were asked for.
+        logger.log(
+            logging.WARNING if num_gpus > 1 else logging.INFO,
+            "--num-gpus is %d, but no GPU is used: MODEL.DEVICE is cpu, SOLVER.AMP.ENABLED %s.",
+            *(num_gpus, cfg.SOLVER.AMP.ENABLED),
+        )
+
+
 def check_output_dir(output_dir: str) -> None:
     """Raises ValueError if a folder already holds checkpoints, which a new run would overwrite."""
     if not os.path.isdir(output_dir):

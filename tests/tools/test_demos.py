@@ -62,7 +62,7 @@ def test_the_pretrained_demo_trains_two_detectors_alike_but_for_their_start(demo
     assert "tools/pretrain_net.py" in pretraining and "configs/pretrain/digits.yaml" in pretraining
     classifier = pretraining[pretraining.index("OUTPUT_DIR") + 1]
     *same, key, weights = pretrained
-    assert (key, weights) == ("MODEL.WEIGHTS", f"{classifier}/model_best.pth")
+    assert (key, weights) == ("MODEL.WEIGHTS", f"{classifier}/model_last.pth")
     assert [word for word in same if "output/" not in word] == [word for word in random if "output/" not in word]
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if "random" in line or "pretrained" in line]
     assert rows[-2:] == [["random", "weights", "20.0", "10.0"], ["pretrained", "30.0", "20.0"]]
