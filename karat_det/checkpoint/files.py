@@ -67,13 +67,19 @@ def read_weights(path: str, *, averaged: bool = True) -> dict[str, Any]:
     return {key: value for key, value in loaded.items() if key != place} | {"model": state}
 
 
-def write_weights(path: str, state: Mapping[str, Tensor], token_grids: Mapping[str, Sequence[int]]) -> None:
+def write_weights(
+    path: str,
+    state: Mapping[str, Tensor],
+    token_grids: Mapping[str, Sequence[int]],
+    operator_config: Mapping[str, Any] | None = None,
+) -> None:
     """Writes a weights file of the kind that the suffix names. The old one stands until the new one is whole.
 
     Args:
         path: ends in one of WRITTEN.
         state: a state dict.
         token_grids: see `karat_det.checkpoint.resampling.token_grids`.
+        operator_config: the fields of its operators' KArAtConfig, where they are known.
 
     Raises:
         ValueError: the suffix is another one.
@@ -89,9 +95,13 @@ def write_weights(path: str, state: Mapping[str, Tensor], token_grids: Mapping[s
             # It refuses tensors that share memory.
             tensors = {key: tensor.clone().contiguous() for key, tensor in state.items()}
             grids = json.dumps({name: list(grid) for name, grid in token_grids.items()})
-            safetensors.torch.save_file(tensors, partial, metadata={"format": "pt", "token_grids": grids})
+            metadata = {"format": "pt", "token_grids": grids}
+            if operator_config:
+                metadata["operator_config"] = json.dumps(dict(operator_config))
+            safetensors.torch.save_file(tensors, partial, metadata=metadata)
         else:
-            torch.save({"model": dict(state), "token_grids": dict(token_grids)}, partial)
+            known = {"operator_config": dict(operator_config)} if operator_config else {}
+            torch.save({"model": dict(state), "token_grids": dict(token_grids), **known}, partial)
         os.replace(partial, path)
     finally:
         if os.path.exists(partial):
@@ -102,7 +112,8 @@ def _read_safetensors(path: str) -> dict[str, Any]:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it is no dict
-    return {"model": state, "token_grids": json.loads(metadata.get("token_grids", "{}"))}
+    known = {key: json.loads(metadata[key]) for key in ("token_grids", "operator_config") if key in metadata}
+    return {"model": state, "token_grids": {}, **known}
 
 
 class _Dtype:

@@ -1,13 +1,14 @@
 """Weights into models: safe reading, and an account of what was loaded that a user can check.
 
 What the files are is in files.py, in what names they have the weights in layouts.py. Those saved here hold under
-"token_grids" the (H, W) of each operator's tokens too.
+"token_grids" the (H, W) of each operator's tokens too, and under "operator_config" the fields of their KArAtConfig.
 """
 
 import logging
 import os
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -24,6 +25,8 @@ from .resampling import resample_state, token_grids
 
 logger = logging.getLogger(__name__)
 
+# Fields of KArAtConfig that make another function of the same tensors.
+_FUNCTION = ("basis", "order", "base_function", "projection", "residual", "init", "spline_range")
 # Swin's index of pairs of tokens: a constant, which files of other layouts do not have.
 _COMPUTED_BY_THE_MODEL = "relative_position_index"
 
@@ -79,6 +82,9 @@ class SafeCheckpointer(DetectionCheckpointer):
         path = os.path.join(self.save_dir, f"{name}.pth")
         logger.info("Saving checkpoint to %s", path)
         model = {"model": self.model.state_dict(), "token_grids": token_grids(self.model)}
+        # All operators of a model have one config.
+        for operator in list(_operators(self.model).values())[:1]:
+            model["operator_config"] = asdict(operator.config)
         partial = f"{path}.partial"
         try:
             torch.save({**model, **states, **extra}, partial)
@@ -104,6 +110,7 @@ class SafeCheckpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict[str, Any]):
         in_file = dict(checkpoint["model"])
         grids = checkpoint.pop("token_grids", {})
+        different = self._different_settings(checkpoint.pop("operator_config", {}))
         source, ignored, resampled, refused = "", {}, {}, {}
         if not self.resumes:
             state, grids, source, ignored = convert_state(in_file, grids, self.model.state_dict().keys())
@@ -171,6 +178,9 @@ class SafeCheckpointer(DetectionCheckpointer):
         if incompatible.unexpected_keys:
             unexpected = incompatible.unexpected_keys
             unfit.append(f"{len(unexpected)} tensors have no place in the model:\n{_by_module(unexpected)}")
+        if different:
+            rows = "\n".join(f"  MODEL.KARAT.{row}" for row in different)
+            unfit.append(f"The file's operators are other functions of the same tensors:\n{rows}")
         if self.strict:
             complaints += unfit
         elif unfit:
@@ -184,6 +194,15 @@ class SafeCheckpointer(DetectionCheckpointer):
             raise ValueError("The weights do not fit the model. " + "\n".join(complaints) + remedy)
         # All is said above: the caller would only say it again.
         return None
+
+    def _different_settings(self, theirs: dict[str, Any]) -> list[str]:
+        """What makes operators whose config has these fields other functions than the model's."""
+        ours = next((asdict(operator.config) for operator in _operators(self.model).values()), {})
+        return [
+            f"{field.upper()}: {theirs[field]} in the file, {ours[field]} in the model"
+            for field in _FUNCTION
+            if field in theirs and field in ours and theirs[field] != ours[field]
+        ]
 
 
 def load_weights(model: nn.Module, path: str, *, strict: bool = True, complete: bool = True) -> None:

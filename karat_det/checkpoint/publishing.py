@@ -48,7 +48,7 @@ def convert_file(source: str, target: str) -> dict[str, Any]:
         raise ValueError(
             f"{source} is of no known layout. Its names begin with {', '.join(names[:8])}. Known: {LAYOUTS}."
         )
-    write_weights(target, conversion.state, conversion.token_grids)
+    write_weights(target, conversion.state, conversion.token_grids, checkpoint.get("operator_config"))
     rows = [(key, reason) for key, reason in conversion.ignored.items()]
     logger.info("%s holds the weights of %s.", source, conversion.source)
     logger.info("Ignored: %d of its %d tensors\n%s", len(rows), len(in_file), tabulate(rows))

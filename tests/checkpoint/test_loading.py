@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from karat_det.attention import KArAtAttention, KArAtConfig
+from karat_det.checkpoint.files import read_weights, write_weights
 from karat_det.checkpoint.loading import SafeCheckpointer, load_weights
 
 
@@ -160,3 +162,24 @@ checkpointer.save("model_last")
     assert message.startswith(f"OSError: Cannot save {tmp_path}/model_last.pth: ") and "--resume" in message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last_checkpoint", "model_last.pth"]
     assert torch.load(tmp_path / "model_last.pth", weights_only=True)["model"]["weight"].eq(1).all()
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+@pytest.mark.parametrize("fields", [{"init": "paper"}, {"residual": "softmax"}, {"basis": "dog"}], ids=str)
+def test_operators_that_are_other_functions_of_the_same_tensors_stop_the_run(tmp_path, fields, suffix):
+    basis = {"basis": "morlet"} if "basis" in fields else {}
+
+    def model(**fields):
+        return nn.ModuleDict({"attn": KArAtAttention(8, 2, 6, KArAtConfig(rank=2, **fields))})
+
+    SafeCheckpointer(model(**basis), str(tmp_path)).save("w")
+    path = str(tmp_path / "w.pth")
+    if suffix == "safetensors":
+        saved = read_weights(path)
+        path = str(tmp_path / "w.safetensors")
+        write_weights(path, saved["model"], saved["token_grids"], saved["operator_config"])
+    load_weights(model(**basis), path)
+    key, ours = next(iter(fields.items()))
+    with pytest.raises(ValueError, match=rf"MODEL\.KARAT\.{key.upper()}: .* in the file, {ours} in the model"):
+        load_weights(model(**basis | fields), path)
+    load_weights(model(**basis | fields), path, strict=False)
