@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -189,38 +190,39 @@ def _fourier_sums(
     value: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sums, and with a value softmax(A) V and log Σ_q exp A_kq, of shape (B, heads, N); else these are empty."""
-    bias = Bias(full, vertical, horizontal)
     # Heads come first here and below, since they have coefficients of their own. Scores and what is made of them have
     # the queries last: products with few units are then faster, and so is adding to the scores of a key.
-    query, key = query.transpose(0, 1), key.transpose(0, 1)
+    query, key, vertical, horizontal, value = _heads_first(query, key, vertical, horizontal, value)
     weights = _weights(coefficients)
     sums = query.new_empty(*query.shape[:2], weights.shape[3], query.shape[2])
-    attended, log_totals = query.new_empty(0, 0), query.new_empty(0, 0)
+    attended = log_totals = None
     if value is not None:
-        value = value.transpose(0, 1)
         attended = query.new_empty(*query.shape[:3], value.shape[-1])
-        log_totals = query.new_empty(query.shape[:3])
+        log_totals = query.new_empty(*query.shape[:3], 1)
 
-    def work(chunks: _Chunks) -> None:
-        for chunk in chunks:
-            heads, items, rows = chunk
-            scores = chunks.scores(query[chunk].flatten(0, 1), key[heads, items].flatten(0, 1), scale, bias, chunk)
+    rowwise = {"query": query, "vertical": vertical, "horizontal": horizontal}
+    rowwise |= {"sums": sums.mT, "attended": attended, "log_totals": log_totals}
+    whole = {"key": key, "value": value}
+
+    def work(chunks: _Chunks, heads: slice) -> None:
+        pairs = _pairs(chunks.for_items(weights[:, :, heads]))  # of shape (heads · items, r, M)
+        for chunk in chunks.cut(heads, rowwise, whole):
+            scores = chunks.scores(chunk, scale, full)
             if value is not None:
                 highest = scores.amax(dim=1, keepdim=True)
                 exponentials = torch.sub(scores, highest, out=chunks.memory(3, scores.shape)).exp_()
                 totals = exponentials.sum(dim=1, keepdim=True)
-                chunk_attended = attended[chunk].flatten(0, 1)
-                _add_product(chunk_attended, exponentials.mT, value[heads, items].flatten(0, 1), keep=False)
-                chunk_attended /= totals.mT
-                log_totals[chunk] = (totals.log_() + highest).view(log_totals[chunk].shape)
-            cosine_weights, sine_weights = chunks.weights(weights, chunk)  # (G, heads · items, r, M)
-            chunk_sums = sums[heads, items, :, rows].flatten(0, 1)
-            for m, sign, cosines, sines in chunks.harmonics(scores, len(cosine_weights)):
-                _add_product(chunk_sums, cosine_weights[m - 1], cosines, sign, keep=m > 1)
-                _add_product(chunk_sums, sine_weights[m - 1], sines, sign)
+                _add_product(chunk.attended, exponentials.mT, chunk.value, keep=False)
+                chunk.attended /= totals.mT
+                chunk.log_totals.copy_((totals.log_() + highest).mT)
+            chunk_sums = chunk.sums.mT
+            for m, sign, cosines, sines in chunks.harmonics(scores, len(pairs)):
+                cosine_weights, sine_weights = (x[: len(scores)] for x in pairs[m - 1])
+                _add_product(chunk_sums, cosine_weights, cosines, sign, keep=m > 1)
+                _add_product(chunk_sums, sine_weights, sines, sign)
 
     _share_heads(work, query, key)
-    return sums.transpose(0, 1).mT, attended.transpose(0, 1), log_totals.transpose(0, 1)
+    return sums.transpose(0, 1).mT, *_items_first(query, attended, log_totals)
 
 
 def _fourier_sums_backward(
@@ -242,65 +244,65 @@ def _fourier_sums_backward(
 
     Empty are those of what is None and, without with_full, of a full bias.
     """
-    bias = Bias(full, vertical, horizontal)
-    query, key, sums_gradient = query.transpose(0, 1), key.transpose(0, 1), sums_gradient.transpose(0, 1)
+    if value is None:
+        attended_gradient = attended = log_totals = None
+    query, key, vertical, horizontal, value, sums_gradient, attended_gradient, attended, log_totals = _heads_first(
+        query, key, vertical, horizontal, value, sums_gradient, attended_gradient, attended, log_totals
+    )
     weights = _weights(coefficients)
-    query_gradient, key_gradient = query.new_empty(query.shape), key.new_empty(key.shape)
+    query_gradient, key_gradient, vertical_gradient, horizontal_gradient, value_gradient = (
+        None if x is None else x.new_empty(x.shape) for x in (query, key, vertical, horizontal, value)
+    )
     weights_gradient = weights.new_empty(*weights.shape[:3], *weights.shape[:2:-1])  # (2, G, heads, M, r)
     full_gradient = query.new_zeros(full.shape if with_full else 0)
-    vertical_gradient, horizontal_gradient, value_gradient = (
-        query.new_empty((0, 0) if x is None else x.transpose(0, 1).shape) for x in (vertical, horizontal, value)
-    )
-    if value is not None:
-        value, attended_gradient = value.transpose(0, 1), attended_gradient.transpose(0, 1)
-        attended, log_totals = attended.transpose(0, 1), log_totals.transpose(0, 1)
 
-    def work(chunks: _Chunks) -> None:
+    rowwise = {"query": query, "vertical": vertical, "horizontal": horizontal, "attended": attended}
+    rowwise |= {"log_totals": log_totals, "sums_gradient": sums_gradient, "attended_gradient": attended_gradient}
+    rowwise |= {"query_gradient": query_gradient}
+    rowwise |= {"vertical_gradient": vertical_gradient, "horizontal_gradient": horizontal_gradient}
+    whole = {"key": key, "value": value, "key_gradient": key_gradient, "value_gradient": value_gradient}
+
+    def work(chunks: _Chunks, heads: slice) -> None:
+        pairs = _pairs(chunks.for_items(weights[:, :, heads]))  # of shape (heads · items, r, M)
         # A sum for each item of a chunk, so that a batch of products can be added.
-        shape = len(chunks.all_heads), chunks.items, *weights_gradient.shape[3:]
-        item_gradients = weights_gradient.new_zeros(*weights_gradient.shape[:2], *shape)
-        for chunk in chunks:
-            heads, items, rows = chunk
-            shape = chunks.shape(chunk)
-            chunk_query, chunk_key = query[chunk].flatten(0, 1), key[heads, items].flatten(0, 1)
-            scores = chunks.scores(chunk_query, chunk_key, scale, bias, chunk)
-            scores_gradient, product = (chunks.memory(name, scores.shape) for name in (1, 2))
+        item_gradients = chunks.for_items(weights_gradient[:, :, heads]).contiguous().zero_()
+        gradient_pairs = _pairs(item_gradients)  # of shape (heads · items, M, r)
+        for chunk in chunks.cut(heads, rowwise, whole):
+            scores = chunks.scores(chunk, scale, full)
+            product = chunks.memory(1, scores.shape)
+            # Of a single harmonic the gradient is made in place of the cosines: less goes through the cache.
+            scores_gradient = chunks.memory(3 if len(pairs) == 1 and value is None else 2, scores.shape)
+            is_first = chunk.rows.start == 0
             if value is not None:
-                chunk_gradient = attended_gradient[chunk].flatten(0, 1)
-                log_total = log_totals[chunk].flatten(0, 1).unsqueeze(1)
-                softmax = torch.sub(scores, log_total, out=scores_gradient).exp_()
-                _add_product(value_gradient[heads, items].flatten(0, 1), softmax, chunk_gradient, keep=rows.start > 0)
+                softmax = torch.sub(scores, chunk.log_totals.mT, out=scores_gradient).exp_()
+                _add_product(chunk.value_gradient, softmax, chunk.attended_gradient, keep=not is_first)
                 # Of softmax P and dP = dO Vᵀ: dA = P ∘ (dP − Σ_q P dP), and that sum is dO · O.
-                mean = (chunk_gradient * attended[chunk].flatten(0, 1)).sum(dim=-1).unsqueeze(1)
-                torch.baddbmm(mean, value[heads, items].flatten(0, 1), chunk_gradient.mT, beta=-1, out=product)
+                mean = (chunk.attended_gradient * chunk.attended).sum(dim=-1).unsqueeze(1)
+                torch.baddbmm(mean, chunk.value, chunk.attended_gradient.mT, beta=-1, out=product)
                 scores_gradient = softmax.mul_(product)
-            unit_gradient = sums_gradient[chunk].flatten(0, 1)  # (heads · items, rows, r)
-            cosine_weights, sine_weights = chunks.weights(weights, chunk)
-            first, last = (head - chunks.all_heads.start for head in (heads.start, heads.stop))
-            # (G, heads · items, M, r)
-            cosine_gradients, sine_gradients = item_gradients[:, :, first:last, : shape[1]].flatten(2, 3)
-            for m, sign, cosines, sines in chunks.harmonics(scores, len(cosine_weights)):
-                _add_product(product, sine_weights[m - 1].mT, unit_gradient.mT, keep=False)
+            unit_gradient = chunk.sums_gradient  # (heads · items, rows, r)
+            for m, sign, cosines, sines in chunks.harmonics(scores, len(pairs)):
+                cosine_weights, sine_weights = (x[: len(scores)] for x in pairs[m - 1])
+                cosine_gradient, sine_gradient = (x[: len(scores)] for x in gradient_pairs[m - 1])
+                _add_product(cosine_gradient, cosines, unit_gradient, sign)
+                _add_product(sine_gradient, sines, unit_gradient, sign)
+                _add_product(product, sine_weights.mT, unit_gradient.mT, keep=False)
                 if m == 1 and value is None:
                     torch.mul(cosines, product, out=scores_gradient)
                 else:
                     scores_gradient.addcmul_(cosines, product, value=sign * m)
-                _add_product(product, cosine_weights[m - 1].mT, unit_gradient.mT, keep=False)
+                _add_product(product, cosine_weights.mT, unit_gradient.mT, keep=False)
                 scores_gradient.addcmul_(sines, product, value=-sign * m)
-                _add_product(cosine_gradients[m - 1], cosines, unit_gradient, sign)
-                _add_product(sine_gradients[m - 1], sines, unit_gradient, sign)
-            _add_product(query_gradient[chunk].flatten(0, 1), scores_gradient.mT, chunk_key, scale, keep=False)
-            key_part = key_gradient[heads, items].flatten(0, 1)
-            _add_product(key_part, scores_gradient, chunk_query, scale, keep=rows.start > 0)
+            _add_product(chunk.query_gradient, scores_gradient.mT, chunk.key, scale, keep=False)
+            _add_product(chunk.key_gradient, scores_gradient, chunk.query, scale, keep=not is_first)
             if with_full:
                 part = _part(full_gradient, chunk)
-                part += scores_gradient.view(shape).sum_to_size(part.mT.shape).mT
+                part += scores_gradient.view(chunks.shape(chunk)).sum_to_size(part.mT.shape).mT
             if vertical is not None:
-                grid = vertical.shape[-1], horizontal.shape[-1]
-                on_grid = scores_gradient.view(shape).unflatten(2, grid)
-                vertical_gradient[chunk] = on_grid.sum(dim=3).mT
-                horizontal_gradient[chunk] = on_grid.sum(dim=2).mT
-        weights_gradient[:, :, chunks.all_heads.start : chunks.all_heads.stop] = item_gradients.sum(dim=3)
+                on_grid = scores_gradient.unflatten(1, (vertical.shape[-1], horizontal.shape[-1]))
+                chunk.vertical_gradient.copy_(on_grid.sum(dim=2).mT)
+                chunk.horizontal_gradient.copy_(on_grid.sum(dim=1).mT)
+        weights_gradient[:, :, heads] = item_gradients.sum(dim=3)
 
     # Where all heads add to the gradient of one bias, they must not do so at the same time.
     _share_heads(work, query, key, in_threads=not (with_full and full.shape[1] == 1))
@@ -309,33 +311,37 @@ def _fourier_sums_backward(
         key_gradient.transpose(0, 1),
         weights_gradient.permute(2, 0, 1, 3, 4),
         full_gradient,
-        *(x.transpose(0, 1) for x in (vertical_gradient, horizontal_gradient, value_gradient)),
+        *_items_first(query, vertical_gradient, horizontal_gradient, value_gradient),
     )
 
 
-def _share_heads(work: "Callable[[_Chunks], None]", query: Tensor, key: Tensor, in_threads: bool = True) -> None:
-    """Calls `work` with chunks of its own in each thread, whose operators are of a single thread.
+def _share_heads(work: "Callable[[_Chunks, slice], None]", query: Tensor, key: Tensor, in_threads: bool = True) -> None:
+    """Calls `work` with chunks and some of the heads until all have had their turn, from threads of one thread each.
 
     Were the operators of several threads, these would meet after each of some twenty for a chunk, and where another
     process takes one of the cores for a moment, all would wait.
     """
-    num_heads, num_threads = len(query), torch.get_num_threads()
-    num_scores = query[..., 0].numel() * key.shape[2]
-    workers = max(1, min(num_threads, num_heads, math.ceil(num_scores / _chunk_size(query.device))))
-    if query.device.type != "cpu" or workers == 1 or not in_threads:
-        work(_Chunks(query, key, range(num_heads)))
-        return
+    num_threads = torch.get_num_threads()
+    workers = 1
+    if query.device.type == "cpu" and in_threads:
+        num_scores = query[..., 0].numel() * key.shape[2]
+        workers = max(1, min(num_threads, len(query), math.ceil(num_scores / _chunk_size(query.device))))
+    chunks = [_Chunks(query, key, workers) for _ in range(workers)]
+    all_heads = iter(chunks[0].heads())  # Each takes the next: one that was held up takes fewer.
 
-    def work_alone(worker: int) -> None:
-        torch.set_num_threads(num_threads // workers)  # of this thread and of those that are yet to start
-        heads = range(worker * num_heads // workers, (worker + 1) * num_heads // workers)
+    def work_alone(chunks: _Chunks) -> None:
+        torch.set_num_threads(max(1, num_threads // workers))  # of this thread and of those that are yet to start
         with torch.inference_mode(inference), torch.no_grad():
-            work(_Chunks(query, key, heads))
+            for heads in all_heads:
+                work(chunks, heads)
 
     inference = torch.is_inference_mode_enabled()
     try:
         with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(work_alone, range(workers)))
+            others = [pool.submit(work_alone, other) for other in chunks[1:]]
+            work_alone(chunks[0])
+            for other in others:
+                other.result()
     finally:
         torch.set_num_threads(num_threads)
 
@@ -347,33 +353,53 @@ class _Chunks:
 
     Args:
         query, key: of shape (heads, B, N or M, d).
-        heads: those to go through.
+        workers: how many have chunks of their own at the same time.
     """
 
-    def __init__(self, query: Tensor, key: Tensor, heads: range):
-        self.all_heads = heads
-        _, self.batch_size, self.num_rows, _ = query.shape
+    def __init__(self, query: Tensor, key: Tensor, workers: int):
+        self.num_heads, self.batch_size, self.num_rows, _ = query.shape
         self.row_size = key.shape[2]
-        room = max(1, _chunk_size(query.device) // self.row_size)  # rows in a chunk
-        self.rows = min(self.num_rows, room)
-        self.items = max(1, min(self.batch_size, room // self.rows))
-        self.heads = min(len(heads), max(1, room // (self.rows * max(1, self.batch_size))))
-        self.allocate = partial(query.new_empty, self.heads * self.items * self.rows * self.row_size)
+        room = max(1, _chunk_size(query.device) // workers // self.row_size)  # rows in a chunk
+        self.rows_at_once = min(self.num_rows, room)
+        self.items = max(1, min(self.batch_size, room // self.rows_at_once))
+        most_heads = room // (self.rows_at_once * max(1, self.batch_size))
+        self.heads_at_once = max(1, min(math.ceil(self.num_heads / workers), most_heads))
+        self.allocate = partial(query.new_empty, self.heads_at_once * self.items * self.rows_at_once * self.row_size)
         self.allocated: dict[int, Tensor] = {}
         self.one_and_zero = query.new_ones(()), query.new_zeros(())
         self.views: dict[tuple[int, tuple[int, ...]], Tensor] = {}
 
-    def __iter__(self) -> Iterator[tuple[slice, slice, slice]]:
-        for head in self.all_heads[:: self.heads]:
-            heads = slice(head, min(head + self.heads, self.all_heads.stop))
-            for item in range(0, self.batch_size, self.items):
-                items = slice(item, min(item + self.items, self.batch_size))
-                for row in range(0, self.num_rows, self.rows):
-                    yield heads, items, slice(row, min(row + self.rows, self.num_rows))
+    def heads(self) -> Iterator[slice]:
+        """All heads, so many at a time as one chunk can have."""
+        return _slices(self.num_heads, self.heads_at_once)
 
-    def shape(self, chunk: tuple[slice, slice, slice]) -> tuple[int, int, int, int]:
+    def cut(
+        self, heads: slice, rowwise: dict[str, Tensor | None], whole: dict[str, Tensor | None]
+    ) -> Iterator[SimpleNamespace]:
+        """Yields the chunks of some heads: what is theirs of each tensor by its name; slices heads, items and rows.
+
+        Args:
+            heads: as `heads` gives them.
+            rowwise: tensors (heads, B, N, *), of which a chunk has (heads · items, rows, *); None stays None.
+            whole: tensors (heads, B, M, *), of which it has (heads · items, M, *).
+        """
+        of_heads = {name: None if x is None else x[heads].flatten(0, 1) for name, x in (rowwise | whole).items()}
+        num_heads = heads.stop - heads.start
+        for items in _slices(self.batch_size, self.items):
+            # Of several heads a chunk has all items.
+            place = slice(items.start * num_heads, items.stop * num_heads)
+            of_items = {name: None if x is None else x[place] for name, x in of_heads.items()}
+            for rows in _slices(self.num_rows, self.rows_at_once):
+                parts = {name: None if of_items[name] is None else of_items[name][:, rows] for name in rowwise}
+                yield SimpleNamespace(heads=heads, items=items, rows=rows, **(of_items | parts))
+
+    def for_items(self, weights: Tensor) -> Tensor:
+        """From (2, G, heads, *, *) to (2, G, heads, items, *, *), the same for each item of a chunk."""
+        return weights.unsqueeze(3).expand(-1, -1, -1, self.items, -1, -1)
+
+    def shape(self, chunk: SimpleNamespace) -> tuple[int, int, int, int]:
         """Of a chunk of scores, queries last: (heads, items, M, rows)."""
-        heads, items, rows = (part.stop - part.start for part in chunk)
+        heads, items, rows = (part.stop - part.start for part in (chunk.heads, chunk.items, chunk.rows))
         return heads, items, self.row_size, rows
 
     def memory(self, name: int, shape: Sequence[int]) -> Tensor:
@@ -384,30 +410,30 @@ class _Chunks:
             self.views[name, shape] = self.allocated[name][: math.prod(shape)].view(shape)
         return self.views[name, shape]
 
-    def scores(self, query: Tensor, key: Tensor, scale: float, bias: Bias, chunk: tuple[slice, slice, slice]) -> Tensor:
-        """(scale · Q Kᵀ + bias)ᵀ of a chunk, of shape (heads · items, M, rows), for its queries and keys."""
-        scores = self.memory(0, (*key.shape[:2], query.shape[1]))
+    def scores(self, chunk: SimpleNamespace, scale: float, full: Tensor | None) -> Tensor:
+        """(scale · Q Kᵀ + bias)ᵀ of a chunk, of shape (heads · items, M, rows).
+
+        Args:
+            chunk: with its query, key, and vertical and horizontal terms of the bias.
+            scale: of the product of query and key.
+            full: the full bias, of all chunks.
+        """
+        scores = self.memory(0, (*chunk.key.shape[:2], chunk.query.shape[1]))
         # Made contiguous, what is added goes to whole vectors of scores at a time.
-        if bias.vertical is not None:
-            vertical, horizontal = (x.transpose(0, 1)[chunk].mT.contiguous() for x in (bias.vertical, bias.horizontal))
-            on_grid = scores.view(*vertical.shape[:3], *horizontal.shape[2:])
-            torch.add(vertical.unsqueeze(3), horizontal.unsqueeze(2), out=on_grid)
-        if bias.full is not None:
-            part = _part(bias.full, chunk).mT.contiguous()
+        if chunk.vertical is not None:
+            vertical, horizontal = chunk.vertical.mT.contiguous(), chunk.horizontal.mT.contiguous()
+            on_grid = scores.unflatten(1, (vertical.shape[1], horizontal.shape[1]))
+            torch.add(vertical.unsqueeze(2), horizontal.unsqueeze(1), out=on_grid)
+        if full is not None:
+            part = _part(full, chunk).mT.contiguous()
             by_head = scores.view(self.shape(chunk))
-            if bias.vertical is None:
+            if chunk.vertical is None:
                 by_head.copy_(part)
             else:
                 by_head += part
-        has_bias = bias.full is not None or bias.vertical is not None
-        _add_product(scores, key, query.mT, scale, keep=has_bias)
+        has_bias = full is not None or chunk.vertical is not None
+        _add_product(scores, chunk.key, chunk.query.mT, scale, keep=has_bias)
         return scores
-
-    def weights(self, weights: Tensor, chunk: tuple[slice, slice, slice]) -> Tensor:
-        """From (2, G, heads, r, M) to (2, G, heads · items, r, M) of a chunk, the same for each item."""
-        heads, items, _ = chunk
-        weights = weights[:, :, heads].unsqueeze(3)
-        return weights.expand(-1, -1, -1, items.stop - items.start, -1, -1).flatten(2, 3)
 
     def harmonics(self, scores: Tensor, grid_size: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """Yields m, a sign, and the sign times cos(m A) and sin(m A), for m = 1 to G. It overwrites the scores.
@@ -430,6 +456,15 @@ class _Chunks:
             yield m, *now
 
 
+def _pairs(of_items: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """What cosines and what sines have, for each of G, of a tensor (2, G, heads, items, *, *)."""
+    return list(zip(*(parts.unbind() for parts in of_items.flatten(2, 3)), strict=True))
+
+
+def _slices(size: int, at_once: int) -> Iterator[slice]:
+    return (slice(start, min(start + at_once, size)) for start in range(0, size, at_once))
+
+
 def _weights(coefficients: Tensor) -> Tensor:
     """Coefficients (heads, 2, G, M, r) as products want them: (2, G, heads, r, M)."""
     return coefficients.permute(1, 2, 0, 4, 3).contiguous()
@@ -440,14 +475,24 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, factor: float = 1, 
     total.baddbmm_(left, right, alpha=factor, beta=int(keep))
 
 
-def _part(full: Tensor, chunk: tuple[slice, slice, slice]) -> Tensor:
+def _heads_first(*tensors: Tensor | None) -> Iterator[Tensor | None]:
+    return (None if tensor is None else tensor.transpose(0, 1) for tensor in tensors)
+
+
+def _items_first(like: Tensor, *tensors: Tensor | None) -> Iterator[Tensor]:
+    """The inverse; an empty tensor for None, each its own, since an operator's results may not share memory."""
+    return (like.new_empty(0, 0) if tensor is None else tensor.transpose(0, 1) for tensor in tensors)
+
+
+def _part(full: Tensor, chunk: SimpleNamespace) -> Tensor:
     """What of a full bias (B, heads, N, M), each dimension whole or 1, is a chunk's: (heads, items, rows, M)."""
     whole = slice(None)
     full = full.transpose(0, 1)
-    return full[tuple(part if size > 1 else whole for part, size in zip(chunk, full.shape, strict=False))]
+    place = (chunk.heads, chunk.items, chunk.rows, whole)
+    return full[tuple(part if size > 1 else whole for part, size in zip(place, full.shape, strict=True))]
 
 
-def _chunk_size(device: torch.device, per_thread: int = 5 * 2**15) -> int:
+def _chunk_size(device: torch.device, per_thread: int = 10 * 2**15) -> int:
     """Numbers that are worked on at a time. Larger chunks leave the processor's cache, smaller ones cost more calls."""
     return per_thread * torch.get_num_threads() if device.type == "cpu" else 2**25
 
