@@ -66,16 +66,13 @@ def main() -> None:
     setup_logger(name="karat_det")
     try:
         os.makedirs(args.output, exist_ok=True)
-        results = run_benchmark(
-            args.parts,
-            args.config_file,
-            args.opts,
-            Turns(args.repeats, args.seconds, args.device),
-            max_memory=args.max_memory * 2**30,
-        )
+        turns = Turns(args.repeats, args.seconds, args.device)
+        # Written after each part, so that what a later one meets loses nothing.
+        for results in run_benchmark(args.parts, args.config_file, args.opts, turns, args.max_memory * 2**30):
+            table = write_report(results, args.output)
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
-    print(f"\n{write_report(results, args.output)}")
+    print(f"\n{table}")
     print(f"Written to {args.output}: {', '.join(sorted(path.name for path in Path(args.output).iterdir()))}")
 
 

@@ -13,7 +13,7 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
@@ -30,7 +30,7 @@ from detectron2.evaluation import inference_context
 from detectron2.modeling import build_model
 from detectron2.modeling.backbone.utils import get_rel_pos
 from detectron2.solver import build_lr_scheduler
-from detectron2.structures import BoxMode
+from detectron2.structures import Boxes, BoxMode, Instances
 from fvcore.nn import FlopCountAnalysis
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -238,8 +238,8 @@ def run_benchmark(
     opts: Sequence[str] = (),
     turns: Turns = Turns(),
     max_memory: float = 8 * 2.0**30,
-) -> Results:
-    """Measures some parts, with a line in the log for each comparison begun.
+) -> Iterator[Results]:
+    """Measures some parts, with a line in the log for each comparison begun, and yields all results after each.
 
     Args:
         parts: some of PARTS.
@@ -263,16 +263,19 @@ def run_benchmark(
         long = AttentionShape(batch_size=1, grid=GRIDS[-1])
         logger.info("Attention core, peak memory at %s", long)
         results.comparisons.append(compare_peaks(long, turns.device))
+        yield results
     if "step" in parts:
         results.comparisons += compare_steps(config_file, opts, turns)
+        yield results
     if "inference" in parts:
         results.comparisons.append(compare_inference(config_file, opts, turns))
+        yield results
     if "scaling" in parts:
         for grid in GRIDS:
             shape = AttentionShape(batch_size=1, grid=grid)
             logger.info("Scaling, %s", shape)
             results.scaling += measure_scaling(shape, replace(turns, seconds=turns.seconds / len(GRIDS)), max_memory)
-    return results
+        yield results
 
 
 def compare_cores(shape: AttentionShape, turns: Turns) -> list[Comparison]:
@@ -317,7 +320,8 @@ def compare_steps(config_file: str, opts: Sequence[str], turns: Turns, batch_siz
     """Time and peak memory of a training step of a detector, over the same detector with softmax.
 
     A step is the trainer's: forward with all losses, backward, clipping, AdamW; in bfloat16 on CUDA if the config says
-    so. Weights and images are random, from one seed. The memory is all that weights, AdamW's state and a step need.
+    so. Weights and images are random, from one seed, and the heads of both get the same proposals. The memory is all
+    that weights, AdamW's state and a step need.
     """
     cfgs = _with_and_without(config_file, opts, turns.device)
     what = _describe(cfgs["KArAt"], config_file, opts, batch_size)
@@ -451,14 +455,41 @@ def synthetic_batch(cfg: CfgNode, batch_size: int) -> list[dict[str, Any]]:
     return batch
 
 
+def synthetic_proposals(batch: list[dict[str, Any]], count: int) -> list[Instances]:
+    """So many proposals for each image of a synthetic batch, all of them its objects' boxes moved.
+
+    A quarter overlaps its object by half and more, so that the heads sample as many positives as they may, as in a
+    detector that has learned.
+    """
+    generator = torch.Generator().manual_seed(0)
+    proposals = []
+    for item in batch:
+        truth = item["instances"].gt_boxes.tensor
+        corners = truth[torch.arange(count) % len(truth)].unflatten(1, (2, 2))
+        sizes = corners[:, 1] - corners[:, 0]
+        moves = sizes * (torch.rand(count, 2, generator=generator) - 0.5)
+        boxes = Boxes((corners + moves.unsqueeze(1)).flatten(1))
+        boxes.clip(item["instances"].image_size)
+        fields = {"proposal_boxes": boxes, "objectness_logits": torch.zeros(count)}
+        proposals.append(Instances(item["instances"].image_size, **fields))
+    return proposals
+
+
 def make_step(cfg: CfgNode, batch_size: int) -> Step:
-    """The trainer's step on a detector with random weights, over and over on one synthetic batch."""
+    """The trainer's step on a detector with random weights, over and over on one synthetic batch.
+
+    Its proposals are computed, but the heads get synthetic ones: the heads take most of a step, more so the more
+    proposals are positive, and that differs between models with random weights, whatever their attention is.
+    """
     torch.manual_seed(0)
     model = build_model(cfg)
+    batch = synthetic_batch(cfg, batch_size)
+    proposals = [item.to(model.device) for item in synthetic_proposals(batch, cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN)]
+    model.roi_heads.register_forward_pre_hook(lambda heads, inputs: (*inputs[:2], proposals, *inputs[3:]))
     optimizer = build_optimizer(cfg, model)
-    # It sets the rates of the warm-up's first step, which leave the weights, and so the proposals, nearly as they are.
+    # It sets the rates of the warm-up's first step, which leave the weights nearly as they are.
     build_lr_scheduler(cfg, optimizer)
-    return Step(model, repeat(synthetic_batch(cfg, batch_size)), optimizer, cfg)
+    return Step(model, repeat(batch), optimizer, cfg)
 
 
 def describe_machine(device: str) -> str:
