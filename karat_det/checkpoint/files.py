@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 # Where a state dict lies in a file. Averaged weights, which the classifiers of timm and DeiT are evaluated with, first.
@@ -84,6 +84,7 @@ def write_weights(
     Raises:
         ValueError: the suffix is another one.
         FileNotFoundError: there is no such folder.
+        OSError: it cannot be written, as where a disk is full.
     """
     if not path.endswith(WRITTEN):
         raise ValueError(f"{path} must end in one of {', '.join(WRITTEN)}.")
@@ -103,6 +104,8 @@ def write_weights(
             known = {"operator_config": dict(operator_config)} if operator_config else {}
             torch.save({"model": dict(state), "token_grids": dict(token_grids), **known}, partial)
         os.replace(partial, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
+        raise OSError(f"Cannot write {path}: {error}. Is the disk full? A file of that name is as it was.") from error
     finally:
         if os.path.exists(partial):
             os.remove(partial)

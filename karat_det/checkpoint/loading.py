@@ -205,7 +205,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         ]
 
 
-def load_weights(model: nn.Module, path: str, *, strict: bool = True, complete: bool = True) -> None:
+def load_weights(model: nn.Module, path: str, *, strict: bool = True, complete: bool = True) -> dict[str, Any]:
     """Loads a weights file into a model.
 
     Args:
@@ -213,12 +213,15 @@ def load_weights(model: nn.Module, path: str, *, strict: bool = True, complete: 
         path: see `karat_det.checkpoint.files.read_weights`.
         strict, complete: as for SafeCheckpointer.
 
+    Returns:
+        What else the file holds.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it cannot be read, or does not fit the model.
     """
     check_weights_file(path)
-    SafeCheckpointer(model, strict=strict, complete=complete).load(path)
+    return SafeCheckpointer(model, strict=strict, complete=complete).load(path)
 
 
 def check_weights_file(path: str, key: str = "MODEL.WEIGHTS") -> None:

@@ -286,6 +286,12 @@ def _huggingface_split(cfg: CfgNode, name: str, split: Any) -> Split:
                 f"DATA.{key} is {cfg.DATA[key]!r}, which {place} does not have. Its columns: "
                 f"{', '.join(split.features)}."
             )
+    images = split.features[cfg.DATA.IMAGE_COLUMN]
+    if type(images).__name__ != "Image" or not images.decode:
+        raise ValueError(
+            f"DATA.IMAGE_COLUMN is {cfg.DATA.IMAGE_COLUMN!r}, whose values in {place} are no images but {images}. Make "
+            f"them so: cast_column({cfg.DATA.IMAGE_COLUMN!r}, datasets.Image())."
+        )
     names = getattr(split.features[cfg.DATA.LABEL_COLUMN], "names", None)
     if names is None:
         raise ValueError(
@@ -294,6 +300,12 @@ def _huggingface_split(cfg: CfgNode, name: str, split: Any) -> Split:
         )
     if not len(split):
         raise ValueError(f"{place} holds no image.")
+    hidden = sum(label is None or label < 0 for label in split[cfg.DATA.LABEL_COLUMN][:])
+    if hidden:
+        raise ValueError(
+            f"{hidden} of the {len(split)} images of {place} have no label (-1 or None in DATA.LABEL_COLUMN "
+            f"{cfg.DATA.LABEL_COLUMN!r}), as in the test split of a benchmark. Remove them, or the split."
+        )
     return Split(place, list(names), _Rows(split, cfg.DATA.IMAGE_COLUMN, cfg.DATA.LABEL_COLUMN))
 
 

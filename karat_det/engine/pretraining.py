@@ -22,7 +22,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter, get_event_storage
 from PIL import Image
 from timm.data import FastCollateMixup, create_loader
-from timm.data.auto_augment import RandAugment, posterize
+from timm.data.auto_augment import RandAugment, posterize, rand_augment_transform
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
@@ -167,6 +167,7 @@ class Pretrainer(TrainerBase):
 
     def _resume(self) -> None:
         saved = self.checkpointer.resume_or_load("", resume=True)
+        _check_classes(f"The run in OUTPUT_DIR, {self.cfg.OUTPUT_DIR},", saved["classes"], self.classes)
         self.start_iter = self.iter + 1
         if self.start_iter % self.epoch_length:
             raise ValueError(
@@ -209,7 +210,8 @@ def evaluate_file(cfg: CfgNode, path: str = "") -> dict[str, float]:
     check_weights_file(path, "--init-from")
     _, val = build_datasets(cfg, comm.get_rank(), comm.get_world_size())
     model = build_classifier(cfg, len(val.split.classes)).to(cfg.MODEL.DEVICE)
-    load_weights(model, path, strict=cfg.MODEL.WEIGHTS_STRICT)
+    beside_weights = load_weights(model, path, strict=cfg.MODEL.WEIGHTS_STRICT)
+    _check_classes(path, beside_weights.get("classes", val.split.classes), val.split.classes)
     figures = evaluate(model, build_val_loader(cfg, model, val), autocast_arguments(cfg))
     logger.info("%s: top-1 %.2f  top-5 %.2f  validation loss %.4f", path, *figures.values())
     return figures
@@ -425,6 +427,16 @@ def _posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
     return posterize(image, max(1, bits_to_keep))
 
 
+def _check_classes(what: str, theirs: list[str], ours: list[str]) -> None:
+    """Raises ValueError where as many classes are others, or in another order: a label would mean another class."""
+    different = [(label, *names) for label, names in enumerate(zip(theirs, ours, strict=True)) if len(set(names)) > 1]
+    if different:
+        raise ValueError(
+            "{} was trained on other classes: number {} is {!r} there and {!r} in the data. Name the data that it was "
+            "trained on (--data, DATA.NAME).".format(what, *different[0])
+        )
+
+
 def _mixes(cfg: CfgNode) -> bool:
     return cfg.AUG.MIX_PROB > 0 and (cfg.AUG.MIXUP > 0 or cfg.AUG.CUTMIX > 0)
 
@@ -492,11 +504,14 @@ def _check(cfg: CfgNode) -> None:
         bounds = tuple(aug[key])
         if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]:
             raise ValueError(f"AUG.{key} is {bounds}. It must be (smallest, largest), both above 0.")
-    if aug.RAND_AUGMENT and not aug.RAND_AUGMENT.startswith("rand-"):
-        raise ValueError(
-            f"AUG.RAND_AUGMENT is {aug.RAND_AUGMENT!r}. It must be '' or RandAugment in timm's words, such as "
-            "'rand-m9-mstd0.5-inc1'."
-        )
+    if aug.RAND_AUGMENT:
+        try:
+            rand_augment_transform(aug.RAND_AUGMENT)
+        except (AssertionError, ValueError) as error:  # what timm raises
+            raise ValueError(
+                f"AUG.RAND_AUGMENT is {aug.RAND_AUGMENT!r}. It must be '' or RandAugment in timm's words, such as "
+                f"'rand-m9-mstd0.5-inc1'. {error}".rstrip()
+            ) from error
     known = (FULL_MODEL, "norm", "value")
     if solver.CLIP_GRADIENTS.CLIP_TYPE not in known:
         raise ValueError(

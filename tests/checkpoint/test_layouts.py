@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+import re
 
 import pytest
 import timm
@@ -119,6 +120,23 @@ def test_a_vit_computes_what_it_did_in_timm(configs, tmp_path, layout):
     with torch.no_grad():
         expected = source.get_intermediate_layers(images(), n=1, reshape=True)[0]
         torch.testing.assert_close(model.backbone.net(images())["last_feat"], expected)
+
+
+def test_maes_published_file_starts_a_detector(configs, tmp_path, caplog):
+    """mae_pretrain_vit_*.pth: under "model", timm's names, with class token, without the head."""
+    source = randomise(VisionTransformer(**SIZE, num_classes=0))
+    state = source.state_dict()
+    assert "cls_token" in state and not any(key.startswith(("head", "fc_norm")) for key in state)
+    model = build(configs, VIT, VIT__PRETRAIN_USE_CLS_TOKEN=True)
+    with caplog.at_level(logging.INFO):
+        load_weights(model, save(tmp_path, {"model": state}), complete=False)
+    net = model.backbone.net
+    assert torch.equal(net.pos_embed, source.pos_embed)
+    for ours, theirs in zip(net.blocks, source.blocks, strict=True):
+        assert torch.equal(ours.attn.qkv.weight, theirs.attn.qkv.weight)
+        assert torch.equal(ours.mlp.fc2.bias, theirs.mlp.fc2.bias)
+    assert "class tokens, which the model does not have: cls_token\n" in caplog.text
+    assert re.search(r"not fitting +0\n", caplog.text)
 
 
 @pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "vit_tiny_patch16_224"])

@@ -202,12 +202,15 @@ def test_a_torchvision_dataset_on_the_disk(tmp_path, monkeypatch):
 
 
 class Table(list):
-    """A split of a Hugging Face dataset, as far as it is used: rows by number, and features."""
+    """A split of a Hugging Face dataset, as far as it is used: rows by number, columns by name, and features."""
 
-    def __init__(self, names, labels):
+    def __init__(self, names, labels, images="Image"):
         super().__init__({"img": Image.new("L", (8, 8)), "label": label} for label in labels)
         label = types.SimpleNamespace(names=names) if names else types.SimpleNamespace(dtype="int64")
-        self.features = {"img": object(), "label": label}
+        self.features = {"img": type(images, (), {"decode": True})(), "label": label}
+
+    def __getitem__(self, key):
+        return [row[key] for row in self] if isinstance(key, str) else super().__getitem__(key)
 
 
 @pytest.fixture
@@ -242,12 +245,52 @@ def test_a_hugging_face_dataset_on_the_disk(tmp_path, huggingface):
             {"IMAGE_COLUMN": "img"},
             r"class_encode_column",
         ),
+        (
+            {"train": Table("ab", [0], images="Value"), "val": Table("ab", [0])},
+            {"IMAGE_COLUMN": "img"},
+            r"IMAGE_COLUMN is 'img'.*are no images.*cast_column",
+        ),
+        (
+            {"train": Table("ab", [0]), "test": Table("ab", [-1, 1, -1])},
+            {"IMAGE_COLUMN": "img"},
+            r"2 of the 3 images of the split test of .*have no label \(-1",
+        ),
     ],
 )
 def test_mistakes_of_hugging_face_datasets(tmp_path, huggingface, loaded, keys, message):
     huggingface(loaded)
     with pytest.raises(ValueError, match=message):
         load_splits(config(tmp_path, name="huggingface", **keys))
+
+
+def test_hugging_faces_own_files(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="the package datasets is not installed")
+    if not hasattr(datasets, "DatasetDict"):  # this project's folder of that name
+        pytest.skip("the package datasets is not installed")
+    rng = np.random.default_rng(0)
+
+    def split(labels, names):
+        images = [Image.fromarray(rng.integers(256, size=(9, 8, 3), dtype=np.uint8)) for _ in labels]
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+        return datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+
+    def save(name, **splits):
+        datasets.DatasetDict(splits).save_to_disk(str(tmp_path / name))
+        return config(tmp_path / name, name="huggingface")
+
+    train, val = build_datasets(save("good", train=split([2, 0, 1], ["a", "b", "c"]), test=split([0, 1], ["c", "a"])))
+    assert [train[i][1] for i in range(3)] == [2, 0, 1]
+    assert [val[i][1] for i in range(2)] == [2, 0]
+    assert train[0][0].size == (8, 9) and train[0][0].mode == "RGB"
+    labelled = split([0, 1], ["a", "b"])
+    hidden = split([-1, 1], ["a", "b"])
+    with pytest.raises(ValueError, match=r"1 of the 2 images .* have no label"):
+        load_splits(save("hidden", train=labelled, test=hidden))
+    encoded = labelled.cast_column("image", datasets.Image(decode=False))
+    with pytest.raises(ValueError, match=r"are no images but Image\(.*decode=False.*cast_column"):
+        load_splits(save("encoded", train=encoded, validation=labelled))
+    with pytest.raises(ValueError, match=r"is not what datasets\.DatasetDict\.save_to_disk writes"):
+        load_splits(config(tmp_path, name="huggingface"))
 
 
 def test_a_missing_package_is_named_with_how_to_install_it(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 import copy
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,25 @@ def test_the_evaluation_of_a_file_is_that_of_the_run(make_cfg):
     assert evaluate_file(cfg) == saved(cfg, "model_best")["figures"]
 
 
+def test_other_classes_of_the_same_number_are_refused(make_cfg, tree, tmp_path):
+    trainer = train(make_cfg())
+    folder = trainer.cfg.OUTPUT_DIR
+    renamed = shutil.copytree(tree, tmp_path / "renamed")
+    for split in ("train", "val"):
+        (renamed / split / "dark").rename(renamed / split / "dim")
+    other = make_cfg(**{"SOLVER.EPOCHS": 4})
+    other.defrost()
+    other.DATA.ROOT = str(renamed)
+    message = r"was trained on other classes: number 1 is 'dark' there and 'dim' in the data"
+    with pytest.raises(ValueError, match=rf"The run in OUTPUT_DIR, {folder}, {message}"):
+        Pretrainer(other, resume=True)
+    with pytest.raises(ValueError, match=rf"model_best\.pth {message}"):
+        evaluate_file(other)
+    # Weights to start from may be of any classes.
+    other.OUTPUT_DIR = str(tmp_path / "transfer")
+    Pretrainer(other, f"{folder}/model_best.pth")
+
+
 def test_fine_tuning_leaves_a_head_for_other_classes_at_its_start(make_cfg, tmp_path, tree, caplog):
     cfg = make_cfg()
     train(cfg)
@@ -270,6 +290,8 @@ def test_top_1_and_top_5_count_each_image_once():
         ({"AUG.MIX_PROB": 1.5}, r"AUG\.MIX_PROB is 1\.5\. It must be from 0 to 1"),
         ({"AUG.SCALE": "(1.0, 0.5)"}, r"AUG\.SCALE is \(1\.0, 0\.5\)\. It must be \(smallest, largest\)"),
         ({"AUG.RAND_AUGMENT": "m9"}, r"AUG\.RAND_AUGMENT is 'm9'"),
+        ({"AUG.RAND_AUGMENT": "rand-x9"}, r"AUG\.RAND_AUGMENT is 'rand-x9'.*Unknown RandAugment config section"),
+        ({"AUG.RAND_AUGMENT": "rand-m9.5"}, r"AUG\.RAND_AUGMENT is 'rand-m9\.5'"),
         ({"SOLVER.CLIP_GRADIENTS.CLIP_TYPE": "total"}, r"CLIP_TYPE is 'total'\. Known: full_model, norm, value"),
         ({"TEST.CROP_RATIO": 0.0}, r"TEST\.CROP_RATIO is 0"),
         ({"SEED": -1}, r"SEED is -1\. It must be at least 0"),

@@ -1,10 +1,13 @@
 """tools/convert_weights.py as a process."""
 
 import json
+import resource
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
@@ -14,9 +17,9 @@ from karat_det.engine.setup import load_cfg
 ROOT = Path(__file__).parents[2]
 
 
-def convert(*arguments):
+def convert(*arguments, **options):
     command = [sys.executable, str(ROOT / "tools" / "convert_weights.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, **options)
 
 
 def test_converts_and_publishes(tmp_path, configs):
@@ -37,3 +40,18 @@ def test_a_foreign_file_ends_in_one_line(tmp_path):
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'photo.pkl'} is no weights file")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_a_full_disk_ends_in_one_line_and_leaves_the_file_of_that_name(tmp_path, suffix):
+    """A limit on the size of files fails as a full disk does: a write ends before its data."""
+    torch.save(VisionTransformer(img_size=32, embed_dim=48, depth=1, num_heads=2).state_dict(), tmp_path / "vit.pth")
+    target = tmp_path / f"out.{suffix}"
+    target.write_bytes(b"before")
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (50_000, 50_000))
+    done = convert(tmp_path / "vit.pth", target, preexec_fn=limit)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"error: Cannot write {target}: ")
+    assert "Traceback" not in done.stderr
+    assert target.read_bytes() == b"before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["vit.pth", target.name])
