@@ -248,7 +248,8 @@ def _add_operator(model: CfgNode) -> None:
     model.KARAT.RESIDUAL = "none"
     # How many of each block's heads are KArAt; the rest are softmax. None is all.
     model.KARAT.NUM_KARAT_HEADS = None
-    # "scaled" keeps activations at unit scale whatever N and G; "paper" is the paper's a, b ~ N(0, 1).
+    # "scaled" keeps the sums at unit variance and the activated attention at the scale of 1/N, whatever N and G;
+    # "paper" is the paper's a, b ~ N(0, 1).
     model.KARAT.INIT = "scaled"
     # Order k and range I of B-splines: pieces of degree k on GRID_SIZE intervals that tile [−I, I].
     model.KARAT.SPLINE_ORDER = 3

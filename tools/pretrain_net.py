@@ -57,5 +57,5 @@ if __name__ == "__main__":
     args = parse_arguments()
     try:
         run_distributed(main, args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -56,5 +56,5 @@ if __name__ == "__main__":
     args = default_argument_parser().parse_args()
     try:
         run_distributed(main, args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

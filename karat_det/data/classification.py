@@ -249,9 +249,14 @@ def _load_torchvision(name: str, root: str) -> tuple[Split, Split]:
     try:
         train, val = (getattr(torchvision_datasets, name)(root, **arguments) for arguments in splits)
     except (RuntimeError, OSError) as error:
+        calls = " and ".join(
+            f"torchvision.datasets.{name}({root!r}, {key}={value!r}, download=True)"
+            for arguments in splits
+            for key, value in arguments.items()
+        )
         raise FileNotFoundError(
             f"torchvision does not find {name} in {os.path.abspath(root)} (--data): {error} This command downloads "
-            f"nothing; torchvision.datasets.{name}({root!r}, download=True) does."
+            f"nothing; {calls} do."
         ) from error
     classes = list(getattr(train, "classes", map(str, range(num_classes))))
     return Split(f"{name}'s training split", classes, train), Split(f"{name}'s test split", classes, val)

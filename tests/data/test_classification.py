@@ -80,6 +80,12 @@ def test_each_process_validates_its_share_and_trains_on_all(tmp_path):
         ),
         ({}, {"NAME": "fodler"}, ValueError, r"DATA\.NAME is 'fodler', which is unknown\. Did you mean folder\?"),
         ({}, {"NAME": "CIFAR10"}, FileNotFoundError, r"torchvision does not find CIFAR10 in .*downloads nothing"),
+        (
+            {},
+            {"NAME": "SVHN"},
+            FileNotFoundError,
+            r"SVHN\(.*, split='train', .* and .*split='test', download=True\) do",
+        ),
         ({}, {"ROOT": ""}, FileNotFoundError, r"--data is not given"),
         ({}, {"ROOT": "nowhere"}, FileNotFoundError, r"--data is 'nowhere', but there is no such folder"),
     ],
