@@ -282,7 +282,7 @@ def _score_sums(query: Tensor, key: Tensor, coefficients: Tensor, scale: float, 
     """fourier_score_sums for d a multiple of 16 and r a power of two from 16 on."""
     sums = query.new_empty(*query.shape[:-1], coefficients.shape[-1], dtype=torch.float32)
     *batch, heads, num_tokens, _ = query.shape
-    options = _options(query.dtype, tile=(64, 32), float32_tile=(64, 16))
+    options = _options(query, tile=(64, 32), float32_tile=(64, 16))
     programs = (math.prod(batch) * heads, triton.cdiv(num_tokens, options["QUERIES"]))
     with torch.cuda.device_of(query):
         _forward_kernel[programs](*_inputs(query, key, coefficients, scale, bias), sums, **options)
@@ -311,11 +311,11 @@ def _score_sums_backward(
     batch_size = math.prod(batch)
     inputs = (*_inputs(query, key, coefficients, scale, bias), sums_gradient.to(query.dtype).contiguous())
     with torch.cuda.device_of(query):
-        options = _options(query.dtype, tile=(64, 32), float32_tile=(16, 32))
+        options = _options(query, tile=(64, 32), float32_tile=(16, 32))
         programs = (batch_size * heads, triton.cdiv(num_tokens, options["QUERIES"]))
         _query_gradient_kernel[programs](*inputs, query_gradient, score_gradient if with_scores else None, **options)
 
-        options = _options(query.dtype, tile=(32, 64), float32_tile=(32, 16))
+        options = _options(query, tile=(32, 64), float32_tile=(32, 16))
         tiles = triton.cdiv(num_tokens, options["KEYS"])
         # Each program sums the coefficients' gradients over as many batch elements as leave programs for the whole GPU.
         part_size = max(1, triton.cdiv(batch_size * heads * tiles, _ENOUGH_PROGRAMS))
@@ -377,8 +377,12 @@ def _inputs(query, key, coefficients, scale, bias):
     )  # fmt: skip
 
 
-def _options(dtype, tile, float32_tile):
+def _options(query, tile, float32_tile):
     """Options of a kernel. A tile is (queries, keys), as many as registers hold."""
     # A float32 factor is split in two for the products, and takes four times the registers of a narrower one.
-    queries, keys = float32_tile if dtype == torch.float32 else tile
-    return {"QUERIES": queries, "KEYS": keys, "num_warps": 4, "num_stages": 1 if dtype == torch.float32 else 2}
+    is_float32 = query.dtype == torch.float32
+    queries, keys = float32_tile if is_float32 else tile
+    if query.shape[-1] > 128:
+        # What a tile's rows take is the next power of two, 256 numbers: more than the shared memory of smaller GPUs.
+        queries, keys = max(16, queries // 2), max(16, keys // 2)
+    return {"QUERIES": queries, "KEYS": keys, "num_warps": 4, "num_stages": 1 if is_float32 else 2}

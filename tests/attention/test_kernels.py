@@ -214,6 +214,8 @@ class CompileOnly:
         (196, 64, 3, torch.bfloat16, False),
         (196, 64 + 14 + 14, 3, torch.bfloat16, False),
         (196, 64 + 14 + 14, 1, torch.float32, False),
+        # Relative positions of a map of 64 × 64, in as few tokens as show the same.
+        (256, 64 + 64 + 64, 1, torch.float32, False),
         (49, 32, 1, torch.bfloat16, True),
     ],
 )
@@ -247,7 +249,8 @@ def test_kernels_compile_for_gpus(monkeypatch, tmp_path, capability, num_tokens,
         )
         # At three frequencies and 92 channels the gradients of the coefficients, which stay in registers all the while,
         # drive out a few other values: less than a twentieth of the instructions go there.
+        # More than 128 channels are as many as 256 for the products, which drives out some too.
         may_spill = kernel.metadata.name == "_key_gradient_kernel" and grid_size > 1 and width > 64
-        assert spilled <= (200 if may_spill else 0)
+        assert spilled <= (400 if width > 128 else 200 if may_spill else 0)
         assert kernel.metadata.shared <= 100 * 1024
         assert len(code) < 200 * 1024
