@@ -94,6 +94,11 @@ class Study:
         for settings in (*study.starts.values(), *study.variants.values()):
             cfg = load_cfg(str(study.config), _words(study.settings | settings))
             check_model_and_datasets(cfg, training=True)
+            if not cfg.MODEL.MASK_ON or not cfg.DATASETS.TEST:
+                raise ValueError(
+                    f"{path}: MODEL.MASK_ON is {cfg.MODEL.MASK_ON} and DATASETS.TEST {cfg.DATASETS.TEST}. A study "
+                    "compares mask AP: it needs masks, and a dataset to evaluate on."
+                )
         return study
 
     def runs(self) -> Iterator[tuple[str, str, int]]:
@@ -302,7 +307,9 @@ def _backbone_alone(folder: Path) -> Path:
     path = folder / "backbone.pth"
     if not path.is_file():
         model = torch.load(folder / "model_final.pth", map_location="cpu", weights_only=True)["model"]
-        backbone = {key: value for key, value in model.items() if key.startswith("backbone.net.")}
+        # As ViTDet and Swin's detector call it.
+        names = ("backbone.net.", "backbone.bottom_up.")
+        backbone = {key: value for key, value in model.items() if key.startswith(names)}
         partial = path.with_suffix(".partial")
         torch.save({"model": backbone}, partial)
         partial.replace(path)

@@ -26,13 +26,22 @@ logger = logging.getLogger(__name__)
 BROKEN_IN = 1000
 # Label of an image that cannot be read, where no other one may stand for it.
 NO_LABEL = -1
-# Classes of a dataset of torchvision, and its arguments for the training and the validation split.
-_TORCHVISION = {
-    "CIFAR10": (10, {"train": True}, {"train": False}),
-    "CIFAR100": (100, {"train": True}, {"train": False}),
-    "Flowers102": (102, {"split": "train"}, {"split": "test"}),
-    "STL10": (10, {"split": "train"}, {"split": "test"}),
-    "SVHN": (10, {"split": "train"}, {"split": "test"}),
+# torchvision's datasets of labelled images: how many classes they have, and what they call their training split and
+# the one to validate on. Those that take `train` want True and False.
+_TORCHVISION: dict[str, tuple[int, Any, Any]] = {
+    **dict.fromkeys(("CIFAR10", "FashionMNIST", "KMNIST", "MNIST", "USPS"), (10, True, False)),
+    "CIFAR100": (100, True, False),
+    "Country211": (211, "train", "valid"),
+    "DTD": (47, "train", "val"),
+    "FGVCAircraft": (100, "train", "val"),
+    "Flowers102": (102, "train", "test"),
+    "Food101": (101, "train", "test"),
+    "GTSRB": (43, "train", "test"),
+    "Imagenette": (10, "train", "val"),
+    "OxfordIIITPet": (37, "trainval", "test"),
+    "STL10": (10, "train", "test"),
+    "StanfordCars": (196, "train", "test"),
+    "SVHN": (10, "train", "test"),
 }
 # What the validation split may be called.
 _VAL_NAMES = ("val", "validation", "valid", "test")
@@ -113,6 +122,8 @@ class LabelledImages(torch.utils.data.Dataset):
         try:
             with unreadable_image_named(f"number {index} of {self.split.place}"):
                 image, label = self.split.samples[index]
+            if image is None:
+                raise OSError(f"Number {index} of {self.split.place} has no image.")
             if isinstance(image, str):
                 with unreadable_image_named(image), Image.open(image) as file:
                     return file.convert("RGB"), label
@@ -197,14 +208,17 @@ def _with_classes_of(train: Split, val: Split) -> Split:
     """The validation split, its labels those of the training split."""
     if val.classes == train.classes:
         return val
-    unknown = [name for name in val.classes if name not in train.classes]
+    _refuse_unknown(train, val, [name for name in val.classes if name not in train.classes])
+    labels = [train.classes.index(name) for name in val.classes]
+    return val._replace(classes=train.classes, samples=_Relabelled(val.samples, labels))
+
+
+def _refuse_unknown(train: Split, val: Split, unknown: list[str]) -> None:
     if unknown:
         raise ValueError(
             f"{val.place} has classes that {train.place} has not: {', '.join(unknown[:5])}"
             f"{', …' if len(unknown) > 5 else ''}. Remove or rename them, or add images of them to train on."
         )
-    labels = [train.classes.index(name) for name in val.classes]
-    return val._replace(classes=train.classes, samples=_Relabelled(val.samples, labels))
 
 
 class _Relabelled(Sequence):
@@ -245,7 +259,8 @@ def _load_folder_split(root: str, names: Sequence[str]) -> Split:
 
 
 def _load_torchvision(name: str, root: str) -> tuple[Split, Split]:
-    num_classes, *splits = _TORCHVISION[name]
+    num_classes, *names = _TORCHVISION[name]
+    splits = [{"train" if isinstance(split, bool) else "split": split} for split in names]
     try:
         train, val = (getattr(torchvision_datasets, name)(root, **arguments) for arguments in splits)
     except (RuntimeError, OSError) as error:
@@ -280,7 +295,14 @@ def _load_huggingface(cfg: CfgNode) -> tuple[Split, Split]:
     if val_name is None or "train" not in held:
         found = f"has {', '.join(held)}" if isinstance(held, dict) else "is a single split"
         raise ValueError(f"{root} (--data) must have the splits train and {' or '.join(_VAL_NAMES)}, but it {found}.")
-    return tuple(_huggingface_split(cfg, name, held[name]) for name in ("train", val_name))
+    train, val = (_huggingface_split(cfg, name, held[name]) for name in ("train", val_name))
+    # Unlike folders, a split names classes of which it may have no image.
+    seen, to_see = (
+        {split.classes[label] for label in held[name][cfg.DATA.LABEL_COLUMN][:]}
+        for split, name in ((train, "train"), (val, val_name))
+    )
+    _refuse_unknown(train, val, sorted(to_see - seen))
+    return train, val
 
 
 def _huggingface_split(cfg: CfgNode, name: str, split: Any) -> Split:

@@ -428,7 +428,9 @@ def _posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
 
 
 def _check_classes(what: str, theirs: list[str], ours: list[str]) -> None:
-    """Raises ValueError where as many classes are others, or in another order: a label would mean another class."""
+    """Raises ValueError where the classes are others, or in another order: a label would mean another class."""
+    if len(theirs) != len(ours):
+        raise ValueError(f"{what} was trained on {len(theirs)} classes, and the data has {len(ours)}.")
     different = [(label, *names) for label, names in enumerate(zip(theirs, ours, strict=True)) if len(set(names)) > 1]
     if different:
         raise ValueError(

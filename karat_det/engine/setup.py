@@ -72,7 +72,7 @@ def merge(cfg: CfgNode, config_file: str, opts: list[str]) -> None:
         if not os.path.isfile(config_file):
             raise FileNotFoundError(f"--config-file {config_file}: there is no such file.")
         try:
-            cfg.merge_from_file(config_file)
+            cfg.merge_from_file(config_file, allow_unsafe=False)  # YAML can ask for code to be run
         except KeyError as error:
             key = str(error.args[0]).rpartition(" ")[2]
             raise ValueError(f"{config_file}: {_unknown(key, known)}") from None

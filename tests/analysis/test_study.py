@@ -57,6 +57,8 @@ def test_the_projects_study_is_one(configs):
         ({"VARIANTS": {"a + b": {}, "a × b": {}}}, "two of VARIANTS differ only in signs"),
         ({"VARIANTS": {"a": {"MODEL.KARAT.RANK": 1000}}}, "MODEL.KARAT.RANK is 1000, above N"),
         ({"CONFIG": "nowhere.yaml"}, "nowhere.yaml"),
+        ({"SETTINGS": {"MODEL.MASK_ON": False}}, "it needs masks"),
+        ({"SETTINGS": {"DATASETS.TEST": "()"}}, "a dataset to evaluate on"),
     ],
 )
 def test_what_is_wrong_with_a_study_is_said_before_anything_is_trained(content, tmp_path, changes, complaint):

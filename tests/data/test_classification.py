@@ -1,4 +1,5 @@
 import pickle
+import struct
 import sys
 import types
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from karat_det.config import pretrain_config
+from karat_det.data import classification
 from karat_det.data.classification import NO_LABEL, LabelledImages, Split, build_datasets, load_splits
 
 
@@ -160,6 +162,14 @@ def test_a_broken_image_to_validate_on_has_no_label():
     assert images[0][1] == NO_LABEL and images[1][1] == 1
 
 
+def test_a_row_without_an_image_is_a_broken_one(caplog):
+    samples = [(Image.new("RGB", (8, 8)), 0)] * 1000
+    samples[5] = None, 0
+    images = LabelledImages(Split("the table", ["a"], samples), is_train=False)
+    assert images[5][1] == NO_LABEL
+    assert "Skipped, 1 of at most 1: Number 5 of the table has no image." in caplog.text
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 3000), st.data())
 def test_no_more_than_one_in_1000_is_ever_skipped(total, data):
@@ -183,6 +193,34 @@ def test_the_digits_are_made_where_they_are_missing(tmp_path, monkeypatch):
     train, val = load_splits(config(tmp_path, name="digits"))
     assert len(train.samples) == 60 and len(val.samples) == 50
     assert train.classes == list("0123456789")
+
+
+def write_mnist(root, name):
+    """MNIST's files: big-endian magic number and sizes, then bytes."""
+    folder = root / name / "raw"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 20), ("t10k", 10)):
+        images = struct.pack(">4I", 2051, count, 28, 28) + rng.integers(256, size=count * 784, dtype=np.uint8).tobytes()
+        labels = struct.pack(">2I", 2049, count) + bytes(i % 10 for i in range(count))
+        (folder / f"{split}-images-idx3-ubyte").write_bytes(images)
+        (folder / f"{split}-labels-idx1-ubyte").write_bytes(labels)
+
+
+@pytest.mark.parametrize("name", ["MNIST", "FashionMNIST"])
+def test_a_dataset_of_grey_images_is_read_as_rgb(tmp_path, name):
+    write_mnist(tmp_path, name)
+    train, val = build_datasets(config(tmp_path, name=name, NUM_CLASSES=10))
+    assert len(train) == 20 and len(val) == 10 and len(train.split.classes) == 10
+    image, label = train[13]
+    assert image.size == (28, 28) and image.mode == "RGB" and label == 3
+
+
+@pytest.mark.parametrize("name", classification._TORCHVISION)
+def test_torchvisions_datasets_take_the_arguments_that_they_get(tmp_path, name):
+    """Each looks for its files and finds none: an argument that it does not know would be a TypeError."""
+    with pytest.raises(FileNotFoundError, match=f"torchvision does not find {name} in "):
+        load_splits(config(tmp_path, name=name))
 
 
 def write_cifar10(root):
@@ -255,6 +293,11 @@ def test_a_hugging_face_dataset_on_the_disk(tmp_path, huggingface):
             {"train": Table("ab", [0], images="Value"), "val": Table("ab", [0])},
             {"IMAGE_COLUMN": "img"},
             r"IMAGE_COLUMN is 'img'.*are no images.*cast_column",
+        ),
+        (
+            {"train": Table("abc", [0, 1]), "test": Table("abc", [0, 2])},
+            {"IMAGE_COLUMN": "img"},
+            r"the split test of .* has classes that the split train of .* has not: c\.",
         ),
         (
             {"train": Table("ab", [0]), "test": Table("ab", [-1, 1, -1])},

@@ -81,14 +81,17 @@ def test_overrides_that_do_not_fit_are_named(configs, opts, message):
         ("MODEL:\n  KARAT:\n    RNAK: 3\n", "There is no key MODEL.KARAT.RNAK. Did you mean MODEL.KARAT.RANK"),
         ("MODEL: [", "is no config that can be read"),
         ("SOLVER:\n  MAX_ITER: many\n", "SOLVER.MAX_ITER"),
+        ("OUTPUT_DIR: !!python/object/apply:os.mkdir [made]\n", "is no config that can be read"),
     ],
 )
-def test_a_config_file_that_does_not_fit_is_named(tmp_path, text, message):
+def test_a_config_file_that_does_not_fit_is_named(tmp_path, monkeypatch, text, message):
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match=message) as caught:
         load_cfg(str(path), [])
     assert "mine.yaml" in str(caught.value)
+    assert not (tmp_path / "made").exists()  # no code was run
 
 
 def test_a_missing_config_file_is_named():
