@@ -34,6 +34,10 @@ _CONSTANT = re.compile(r".+\.(relative_position_index|attn_mask)")
 _OPERATOR = re.compile(r"(^|\.)operator\.coefficients$")
 # The last layer of a classifier, whose shape its classes decide.
 HEAD = re.compile(r"(head|head_dist)(\.fc)?\.(weight|bias)")
+# What every file of a transformer has of it: patches, blocks and the merging between stages.
+_OWN = re.compile(r"(?P<part>patch_embed|(layers\.\d+\.)?blocks\.\d+|layers\.\d+\.downsample)\.(?P<leaf>.+)")
+# But for these: softmax weights have no operator, classifiers no decomposed positions, some models no bias.
+_OPTIONAL = re.compile(r"(.+\.)?(operator\..+|rel_pos_[hw]|relative_position_index|attn_mask|qkv\.bias)")
 _SPLIT = re.compile(r"(?P<attention>.*\battn\.)(?P<part>qk|q|k|v)(_proj)?\.(?P<leaf>weight|bias)")
 
 
@@ -105,6 +109,30 @@ def convert_state(
     _fuse_query_key_value(converted, expected or ())
     grids = {target + name.removeprefix(source): grid for name, grid in token_grids.items()}
     return Conversion(converted, grids, _describe(host, state, source), ignored)
+
+
+def required_tensors(expected: Collection[str]) -> tuple[str, dict[str, dict[str, str]]]:
+    """What a file of the model's kind of transformer has in any case, whatever it was trained for.
+
+    That leaves out what pretraining may lack: operators, relative and absolute positions, class tokens, the bias of
+    query, key and value, last norms, heads, and all that a detector adds to its transformer.
+
+    Args:
+        expected: keys of the model.
+
+    Returns:
+        "ViT" or "Swin", and by part of it, such as a block, the key of each tensor by its name in there. "" and {} for
+        a model without one.
+    """
+    host, prefix = _find_host(expected)
+    if host is None:
+        return "", {}
+    parts: dict[str, dict[str, str]] = {}
+    for key in expected:
+        match = _OWN.fullmatch(key.removeprefix(prefix)) if key.startswith(prefix) else None
+        if match and not _OPTIONAL.fullmatch(match["leaf"]):
+            parts.setdefault(prefix + match["part"], {})[match["leaf"]] = key
+    return host.name, parts
 
 
 def _unwrap(state: Mapping[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
