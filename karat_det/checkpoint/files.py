@@ -18,14 +18,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-# Where a state dict lies in a file. Averaged weights, which the classifiers of timm and DeiT are evaluated with, first.
-AVERAGED = ("model_ema", "state_dict_ema")
-CONTAINERS = ("model", "state_dict", "model_state")
+# Where a state dict lies in a file. Averaged weights are what the classifiers of timm and DeiT are evaluated with, and
+# DINO's teacher.
+AVERAGED = ("model_ema", "state_dict_ema", "ema", "teacher")
+CONTAINERS = ("model", "state_dict", "model_state", "module", "student")
 WRITTEN = (".pth", ".pt", ".bin", ".safetensors")
 
 
 def read_weights(path: str, *, averaged: bool = True) -> dict[str, Any]:
     """Reads a weights file; its suffix says which kind it is: .safetensors, .pkl, or else one of torch.save.
+
+    The state dict may be the file, or lie in it under one or two of the names of AVERAGED and CONTAINERS; or both
+    weights are in one, with such a name before each key.
 
     Args:
         path: the file.
@@ -56,15 +60,43 @@ def read_weights(path: str, *, averaged: bool = True) -> dict[str, Any]:
             f"another format, or holds more than tensors and plain values. Save a state dict with torch.save or "
             f"safetensors. ({error})"
         ) from error
-    containers = AVERAGED * averaged + CONTAINERS
-    place = next((key for key in containers if isinstance(loaded, dict) and isinstance(loaded.get(key), dict)), None)
-    state = loaded if place is None else loaded[place]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        held = f"a dict of {', '.join(map(str, list(state)[:5]))}" if isinstance(state, dict) else type(state).__name__
+    containers = AVERAGED + CONTAINERS if averaged else CONTAINERS + AVERAGED
+    place, state = _find_state(loaded, containers)
+    if state is None:
+        held = type(loaded).__name__
+        if isinstance(loaded, dict):
+            held = f"a dict of {', '.join(map(str, list(loaded)[:5]))}" if loaded else "an empty dict"
         raise ValueError(f"{path} holds no state dict, neither bare nor under {', '.join(containers)}, but {held}.")
-    if place is None:
-        return {"model": state}
-    return {key: value for key, value in loaded.items() if key != place} | {"model": state}
+    beside = {key: value for key, value in loaded.items() if key != place} if place else {}
+    return beside | {"model": _without_count(_of_one_model(state, containers))}
+
+
+def _find_state(held: Any, containers: Sequence[str], levels: int = 2) -> tuple[str, dict[str, Tensor] | None]:
+    """The first of the containers that has a state dict, "" if `held` is one, and that state dict; None if none has."""
+    if not isinstance(held, dict):
+        return "", None
+    if held and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in held.items()):
+        return "", held
+    for key in containers if levels else ():
+        _, state = _find_state(held.get(key), containers, levels - 1)
+        if state is not None:
+            return key, state
+    return "", None
+
+
+def _of_one_model(state: dict[str, Tensor], containers: Sequence[str]) -> dict[str, Tensor]:
+    """The first container's of the weights in a state dict that has averaged ones too, as names before the keys say."""
+    there = [name for name in containers if any(key.startswith(f"{name}.") for key in state)]
+    if not set(there) & set(AVERAGED):
+        return state
+    others = tuple(f"{name}." for name in there[1:])
+    return {key.removeprefix(f"{there[0]}."): value for key, value in state.items() if not key.startswith(others)}
+
+
+def _without_count(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Leaves out what torch's AveragedModel counts."""
+    rest = {key: value for key, value in state.items() if key != "n_averaged"}
+    return rest if rest and all(key.startswith("module.") for key in rest) else state
 
 
 def write_weights(

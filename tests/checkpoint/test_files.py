@@ -69,6 +69,59 @@ def test_averaged_weights_come_first_unless_a_run_goes_on(tmp_path):
     assert same(read_weights(path, averaged=False)["model"], STATE)
 
 
+def prefixed(prefix, state):
+    return {f"{prefix}.{key}": tensor for key, tensor in state.items()}
+
+
+AVERAGE = {"a.weight": torch.ones(2, 3), "a.steps": torch.tensor(5)}
+BOTH = {
+    "module within": {"model_ema": {"module": AVERAGE, "decay": 0.9}, "model": STATE},
+    "module within both": {"model_ema": {"module": AVERAGE}, "model": {"module": STATE}},
+    "flat": prefixed("model", STATE) | prefixed("model_ema", AVERAGE),
+    "flat in a container": {"state_dict": prefixed("model", STATE) | prefixed("model_ema", AVERAGE), "epoch": 3},
+    "DINO": {"student": STATE, "teacher": AVERAGE, "epoch": 3},
+    "ema": {"model": STATE, "ema": AVERAGE},
+}
+ONE = {
+    "module": {"module": STATE},
+    "module of model": {"model": {"module": STATE, "epoch": 3}},
+    "ema": {"ema": STATE},
+    "teacher": {"teacher": STATE},
+    "student": {"student": STATE},
+    "flat teacher": prefixed("teacher", STATE),
+    "an average of nothing": {"model_ema": {}, "model": STATE},
+    "an average without tensors": {"model_ema": {"decay": 0.9, "module": None}, "model": STATE},
+    "no average": {"state_dict_ema": None, "state_dict": STATE},
+}
+
+
+@pytest.mark.parametrize("layout", BOTH)
+def test_averages_are_found_wherever_they_lie(tmp_path, layout):
+    path = str(tmp_path / "w.pth")
+    torch.save(BOTH[layout], path)
+    assert same(read_weights(path)["model"], AVERAGE)
+    assert same(read_weights(path, averaged=False)["model"], STATE)
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+@pytest.mark.parametrize("layout", ONE)
+def test_what_a_file_has_of_one_model_is_found(tmp_path, layout, averaged):
+    path = str(tmp_path / "w.pth")
+    torch.save(ONE[layout], path)
+    assert same(read_weights(path, averaged=averaged)["model"], STATE)
+
+
+@pytest.mark.parametrize("container", ["bare", "model_ema"])
+def test_an_averaged_models_count_is_no_weight(tmp_path, container):
+    averaged = torch.optim.swa_utils.AveragedModel(torch.nn.Linear(2, 3))
+    averaged.update_parameters(torch.nn.Linear(2, 3))
+    path = str(tmp_path / "w.pth")
+    torch.save(averaged.state_dict() if container == "bare" else {container: averaged.state_dict()}, path)
+    assert same(read_weights(path)["model"], prefixed("module", averaged.module.state_dict()))
+    torch.save({"n_averaged": torch.ones(1), "a": torch.ones(1)}, path)
+    assert same(read_weights(path)["model"], {"n_averaged": torch.ones(1), "a": torch.ones(1)})
+
+
 class Calls:
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -123,3 +176,7 @@ def test_truncated_and_foreign_files_are_named(tmp_path, suffix, content):
 def test_a_file_without_a_state_dict_says_what_it_holds(tmp_path):
     with pytest.raises(ValueError, match=r"neither bare nor under .* but a dict of boxes, scores"):
         read_weights(pickled(tmp_path, {"boxes": np.zeros(2), "scores": [1, 2]}))
+    for content, held in (({}, "an empty dict"), ([torch.ones(1)], "list"), ({"model": {}}, "a dict of model")):
+        torch.save(content, tmp_path / "w.pth")
+        with pytest.raises(ValueError, match=rf"neither bare nor under .* but {held}\."):
+            read_weights(str(tmp_path / "w.pth"))
