@@ -26,7 +26,9 @@ from .resampling import resample_state, token_grids
 logger = logging.getLogger(__name__)
 
 # Fields of KArAtConfig that make another function of the same tensors.
-_FUNCTION = ("basis", "order", "base_function", "projection", "residual", "init", "spline_range")
+_FUNCTION = ("basis", "order", "base_function", "projection", "residual", "init")
+# Those of B-splines alone, of which G + k + 1 have one coefficient each: the sum does not tell the intervals.
+_SPLINE = ("grid_size", "spline_order", "spline_range")
 # Swin's index of pairs of tokens: a constant, which files of other layouts do not have.
 _COMPUTED_BY_THE_MODEL = "relative_position_index"
 
@@ -202,9 +204,10 @@ class SafeCheckpointer(DetectionCheckpointer):
     def _different_settings(self, theirs: dict[str, Any]) -> list[str]:
         """What makes operators whose config has these fields other functions than the model's."""
         ours = next((asdict(operator.config) for operator in _operators(self.model).values()), {})
+        splines = _SPLINE if theirs.get("basis") == ours.get("basis") == "bspline" else ()
         return [
             f"{field.upper()}: {theirs[field]} in the file, {ours[field]} in the model"
-            for field in _FUNCTION
+            for field in _FUNCTION + splines
             if field in theirs and field in ours and theirs[field] != ours[field]
         ]
 
