@@ -1,7 +1,7 @@
 """Weights into models: safe reading, and an account of what was loaded that a user can check.
 
 What the files are is in files.py, in what names they have the weights in layouts.py. Those saved here hold under
-"token_grids" the (H, W) of each operator's tokens too, and under "operator_config" the fields of their KArAtConfig.
+"token_grids" the grid of each operator's tokens too, and under "operator_config" the fields of their KArAtConfig.
 """
 
 import logging
