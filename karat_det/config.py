@@ -85,7 +85,8 @@ def add_karat_config(cfg: CN) -> None:
     # Stages that the pyramid is made of: neighbours, from the finest. MODEL.FPN.IN_FEATURES has no effect.
     cfg.MODEL.SWIN.OUT_FEATURES = ["p0", "p1", "p2", "p3"]
 
-    # A weights file with keys or shapes that the model does not have stops the run, unless this is False.
+    # A weights file with keys or shapes that the model does not have, or a ViT or Swin in it that lacks blocks of the
+    # model's, stops the run, unless this is False.
     cfg.MODEL.WEIGHTS_STRICT = True
 
     # Learning rate of block i of L, of the rate of the heads: LAYER_DECAY ** (L - i). 1.0 is one rate for all, the
@@ -143,8 +144,8 @@ def _add_pretraining(cfg: CfgNode) -> None:
     """Adds to `pretrain_config` all that is not the model: the recipe of the paper for ViT on ImageNet-1K."""
     # As in Detectron2. Where there is no GPU it becomes "cpu".
     cfg.MODEL.DEVICE = "cuda"
-    # A file of --init-from with keys or shapes that the model does not have stops the run, unless this is False. A head
-    # for another number of classes is left out at any rate.
+    # A file of --init-from with keys or shapes that the model does not have, or without blocks that it has, stops the
+    # run, unless this is False. A head for another number of classes is left out at any rate.
     cfg.MODEL.WEIGHTS_STRICT = True
 
     cfg.DATA = CN()

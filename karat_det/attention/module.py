@@ -23,8 +23,8 @@ class KArAtAttention(nn.Module):
         use_rel_pos: whether decomposed relative positions are added to the scores (section 4 of MViTv2,
             arXiv 2112.01526, as in Detectron2).
         rel_pos_zero_init: whether these start at zero; else from a truncated normal of deviation 0.02.
-        input_size: (H, W) of the token grid, H · W = num_tokens; needed for relative positions, and by whoever
-            resamples the operator to another grid.
+        input_size: (H, W) of the token grid, H · W = num_tokens, or less where the first tokens are none of the grid;
+            needed for relative positions, where all are, and by whoever resamples the operator to another grid.
         proj_drop: dropout after the output projection.
         operator: one that this module shares with others (`sharing="universal"`). It is used but not registered here,
             so whoever shares it must register it once. None makes one that belongs to this module.

@@ -100,7 +100,14 @@ def _replace_attention(model: nn.Module, cfg: CfgNode) -> None:
         else:
             qkv = block.attn.qkv
             attention = KArAtAttention(
-                qkv.in_features, num_heads, num_tokens, config, qkv_bias=qkv.bias is not None, operator=shared
+                qkv.in_features,
+                num_heads,
+                num_tokens,
+                config,
+                qkv_bias=qkv.bias is not None,
+                # The other tokens, for a class or as registers, stand before these.
+                input_size=model.patch_embed.grid_size,
+                operator=shared,
             )
             # The linear layers keep the weights that timm drew, so that one seed starts KArAt and softmax alike.
             attention.qkv, attention.proj = qkv, block.attn.proj

@@ -1,15 +1,18 @@
 """Weights files, read without running code from them: torch.save's, safetensors and Detectron2's .pkl.
 
 torch reads its own with its weights-only loader. A .pkl goes through an unpickler that builds arrays and plain
-containers itself, and refuses by name everything else that a pickle may ask for.
+containers itself, and refuses by name everything else that a pickle may ask for. What it builds torch's loader gets
+from it too, such as the numpy scalars and paths that training checkpoints hold beside the weights.
 """
 
 import argparse
 import json
 import os
 import pickle
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -18,14 +21,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-# Where a state dict lies in a file. Averaged weights, which the classifiers of timm and DeiT are evaluated with, first.
-AVERAGED = ("model_ema", "state_dict_ema")
-CONTAINERS = ("model", "state_dict", "model_state")
+# Where a state dict lies in a file. Averaged weights are what the classifiers of timm and DeiT are evaluated with, and
+# DINO's teacher.
+AVERAGED = ("model_ema", "state_dict_ema", "ema", "teacher")
+CONTAINERS = ("model", "state_dict", "model_state", "module", "student")
 WRITTEN = (".pth", ".pt", ".bin", ".safetensors")
 
 
 def read_weights(path: str, *, averaged: bool = True) -> dict[str, Any]:
     """Reads a weights file; its suffix says which kind it is: .safetensors, .pkl, or else one of torch.save.
+
+    The state dict may be the file, or lie in it under one or two of the names of AVERAGED and CONTAINERS; or both
+    weights are in one, with such a name before each key.
 
     Args:
         path: the file.
@@ -43,28 +50,73 @@ def read_weights(path: str, *, averaged: bool = True) -> dict[str, Any]:
         elif path.endswith(".pkl"):
             with open(path, "rb") as file:
                 # Arrays that Python 2 has written are text in Python 3, unless it is latin1.
-                loaded = _as_tensors(_ArrayUnpickler(file, encoding="latin1").load())
+                loaded = _ArrayUnpickler(file, encoding="latin1").load()
         else:
             # Training checkpoints of timm and DeiT hold their arguments in a namespace, which is plain values too.
-            with torch.serialization.safe_globals([argparse.Namespace]):
+            admitted = [(builder, ".".join(name)) for name, builder in _ADMITTED.items()]
+            with torch.serialization.safe_globals([argparse.Namespace, *admitted]):
                 loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = _as_tensors(loaded)
     except OSError:
         raise
     except Exception as error:  # what a foreign file raises depends on its bytes
+        # None, since what torch says goes on to advise that the file's code be run.
         raise ValueError(
             f"{path} is no weights file that can be read without running code from it: it is truncated, of "
             f"another format, or holds more than tensors and plain values. Save a state dict with torch.save or "
-            f"safetensors. ({error})"
-        ) from error
-    containers = AVERAGED * averaged + CONTAINERS
-    place = next((key for key in containers if isinstance(loaded, dict) and isinstance(loaded.get(key), dict)), None)
-    state = loaded if place is None else loaded[place]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        held = f"a dict of {', '.join(map(str, list(state)[:5]))}" if isinstance(state, dict) else type(state).__name__
+            f"safetensors. ({_reason(error)})"
+        ) from None
+    containers = AVERAGED + CONTAINERS if averaged else CONTAINERS + AVERAGED
+    place, state = _find_state(loaded, containers)
+    if state is None:
+        held = type(loaded).__name__
+        if isinstance(loaded, dict):
+            held = f"a dict of {', '.join(map(str, list(loaded)[:5]))}" if loaded else "an empty dict"
         raise ValueError(f"{path} holds no state dict, neither bare nor under {', '.join(containers)}, but {held}.")
-    if place is None:
-        return {"model": state}
-    return {key: value for key, value in loaded.items() if key != place} | {"model": state}
+    beside = {key: value for key, value in loaded.items() if key != place} if place else {}
+    return beside | {"model": _without_count(_of_one_model(state, containers))}
+
+
+def _reason(error: Exception) -> str:
+    """What a file was refused for, in one line, without torch's advice."""
+    if isinstance(error, pickle.UnpicklingError) and isinstance(error.__context__, pickle.UnpicklingError):
+        error = error.__context__  # torch's loader has put its advice around this
+    message = str(error)
+    if match := re.search(r"GLOBAL (\S+)", message):
+        return f"it asks for {match[1]}, which is refused"
+    first = message.strip().partition("\n")[0].partition(". ")[0]
+    first = first.replace(" allowlisted via `add_safe_globals`", "")
+    if first and isinstance(error, pickle.UnpicklingError | RuntimeError | SafetensorError):
+        return first
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def _find_state(held: Any, containers: Sequence[str], levels: int = 2) -> tuple[str, dict[str, Tensor] | None]:
+    """The first of the containers that has a state dict, "" if `held` is one, and that state dict; None if none has."""
+    if not isinstance(held, dict):
+        return "", None
+    if held and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in held.items()):
+        return "", held
+    for key in containers if levels else ():
+        _, state = _find_state(held.get(key), containers, levels - 1)
+        if state is not None:
+            return key, state
+    return "", None
+
+
+def _of_one_model(state: dict[str, Tensor], containers: Sequence[str]) -> dict[str, Tensor]:
+    """The first container's of the weights in a state dict that has averaged ones too, as names before the keys say."""
+    there = [name for name in containers if any(key.startswith(f"{name}.") for key in state)]
+    if not set(there) & set(AVERAGED):
+        return state
+    others = tuple(f"{name}." for name in there[1:])
+    return {key.removeprefix(f"{there[0]}."): value for key, value in state.items() if not key.startswith(others)}
+
+
+def _without_count(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Leaves out what torch's AveragedModel counts."""
+    rest = {key: value for key, value in state.items() if key != "n_averaged"}
+    return rest if rest and all(key.startswith("module.") for key in rest) else state
 
 
 def write_weights(
@@ -138,12 +190,6 @@ class _Array:
     def __init__(self, *of_an_empty_one: Any):
         self.tensor = None
 
-    @classmethod
-    def from_buffer(cls, data: bytes, dtype: _Dtype, shape: Sequence[int], order: str) -> "_Array":
-        array = cls()
-        array._fill(data, dtype, shape, order)
-        return array
-
     def __setstate__(self, state: tuple) -> None:
         _, shape, dtype, is_fortran, data = state
         self._fill(data.encode("latin1") if isinstance(data, str) else data, dtype, shape, "F" if is_fortran else "C")
@@ -154,22 +200,64 @@ class _Array:
         self.tensor = torch.from_numpy(np.array(values, dtype=dtype.value.newbyteorder("="), order="C"))
 
 
-def _scalar(dtype: _Dtype, data: bytes | str) -> Any:
-    return np.frombuffer(data.encode("latin1") if isinstance(data, str) else data, dtype.value)[0].item()
+# A pickle may set attributes on whatever it has asked for. What stands for a function has none, so that no file can
+# leave anything behind in it.
 
 
-def _encode(text: str, encoding: str) -> bytes:
-    """How Python 3 pickles bytes for Python 2."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"it asks for the codec {encoding!r}")
-    return text.encode("latin1")
+class _FromBuffer:
+    """An array of bytes, as the pickles of protocol 5 have it."""
+
+    __slots__ = ()
+
+    def __call__(self, data: bytes, dtype: _Dtype, shape: Sequence[int], order: str) -> _Array:
+        array = _Array()
+        array._fill(data, dtype, shape, order)
+        return array
+
+
+class _Scalar:
+    """A number of numpy's as one of Python's."""
+
+    __slots__ = ()
+
+    def __call__(self, dtype: _Dtype, data: bytes | str) -> Any:
+        return np.frombuffer(data.encode("latin1") if isinstance(data, str) else data, dtype.value)[0].item()
+
+
+class _Bytes:
+    """Bytes as Python 3 pickles them for Python 2: as text. A number would be a size, of any amount of memory."""
+
+    __slots__ = ()
+
+    def __call__(self, data: bytes | str = b"", encoding: str = "latin1") -> bytes:
+        if encoding not in ("latin1", "latin-1"):
+            raise pickle.UnpicklingError(f"it asks for the codec {encoding!r}")
+        if not isinstance(data, bytes | str):
+            raise pickle.UnpicklingError(f"it asks for the bytes of {data!r}")
+        return data.encode("latin1") if isinstance(data, str) else data
+
+
+class _Bytearray(_Bytes):
+    __slots__ = ()
+
+    def __call__(self, data: bytes | str = b"", encoding: str = "latin1") -> bytearray:
+        return bytearray(super().__call__(data, encoding))
+
+
+class _Path:
+    """A path as text: on another system than the file's its class cannot be made."""
+
+    __slots__ = ()
+
+    def __call__(self, *parts: str) -> str:
+        return str(PurePosixPath(*parts))
 
 
 # Stands for numpy's class where a pickle names it as the type of an array; it is never called.
 _NDARRAY = "numpy.ndarray"
 _ADMITTED: dict[tuple[str, str], Callable | str] = {
     ("collections", "OrderedDict"): OrderedDict,
-    ("_codecs", "encode"): _encode,
+    ("_codecs", "encode"): _Bytes(),
     ("numpy", "ndarray"): _NDARRAY,
     ("numpy", "dtype"): _Dtype,
     **{
@@ -177,15 +265,28 @@ _ADMITTED: dict[tuple[str, str], Callable | str] = {
         for core in ("core", "_core")
         for module, name, builder in (
             ("multiarray", "_reconstruct", _Array),
-            ("multiarray", "scalar", _scalar),
-            ("numeric", "_frombuffer", _Array.from_buffer),
+            ("multiarray", "scalar", _Scalar()),
+            ("numeric", "_frombuffer", _FromBuffer()),
         )
     },
+    # Python 2's name of the module, which pickles of its protocols have, and Python 3's.
+    **{
+        (module, name): builder
+        for module in ("__builtin__", "builtins")
+        for name, builder in (
+            ("set", set),
+            ("frozenset", frozenset),
+            ("bytes", _Bytes()),
+            ("bytearray", _Bytearray()),
+        )
+    },
+    # Python 3.13 has them in a module of the package's.
+    **{(module, "PosixPath"): _Path() for module in ("pathlib", "pathlib._local")},
 }
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Admits arrays of numbers and plain containers."""
+    """Admits arrays of numbers, plain containers and paths."""
 
     def find_class(self, module: str, name: str) -> Callable | str:
         if (module, name) not in _ADMITTED:
@@ -194,6 +295,12 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def _as_tensors(value: Any) -> Any:
+    """Puts tensors in the place of the arrays in plain containers."""
     if isinstance(value, _Array):
         return value.tensor
-    return {key: _as_tensors(item) for key, item in value.items()} if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        for key, item in value.items():
+            value[key] = _as_tensors(item)
+    elif type(value) in (list, tuple):
+        return type(value)(map(_as_tensors, value))
+    return value

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .resampling import class_tokens, position_grid
+
 LAYOUTS = (
     "timm's ViT, DeiT, ConViT and Swin, the original Swin, MAE, and Detectron2's detectors with a ViT or Swin backbone"
 )
@@ -29,11 +31,17 @@ _IGNORABLE = {
     "of masked pretraining": r"mask_token|decoder[_.].+",
     "ConViT's attention to positions": r"blocks\.\d+\.attn\.(gating_param|pos_proj\..+)",
 }
+# Tokens behind the class token, whose positions go with them.
+_DROPPED = ("dist_token", "reg_token")
 # Left out always.
 _CONSTANT = re.compile(r".+\.(relative_position_index|attn_mask)")
 _OPERATOR = re.compile(r"(^|\.)operator\.coefficients$")
 # The last layer of a classifier, whose shape its classes decide.
 HEAD = re.compile(r"(head|head_dist)(\.fc)?\.(weight|bias)")
+# What every file of a transformer has of it: patches, blocks and the merging between stages.
+_OWN = re.compile(r"(?P<part>patch_embed|(layers\.\d+\.)?blocks\.\d+|layers\.\d+\.downsample)\.(?P<leaf>.+)")
+# But for these: softmax weights have no operator, classifiers no decomposed positions, some models no bias.
+_OPTIONAL = re.compile(r"(.+\.)?(operator\..+|rel_pos_[hw]|relative_position_index|attn_mask|qkv\.bias)")
 _SPLIT = re.compile(r"(?P<attention>.*\battn\.)(?P<part>qk|q|k|v)(_proj)?\.(?P<leaf>weight|bias)")
 
 
@@ -92,19 +100,46 @@ def convert_state(
         )
     merges_later = _merges_at_start(expected, target) if expected is not None else False
     stage_shift = merges_later - _merges_at_start(state, source)
+    has_operators = any(_OPERATOR.search(key) for key in state)
     converted, ignored = {}, {}
     for key, tensor in state.items():
         inside = key.startswith(source)
         name = key.removeprefix(source)
         new_key = target + _shift_merging(name, stage_shift) if inside else key
-        if reason := _reason_to_ignore(name, new_key, expected or ()):
+        if reason := _reason_to_ignore(name, new_key, expected or (), has_operators):
             ignored[key] = reason
         else:
             converted[new_key] = tensor
-    _adapt_positions(converted, target, has_distillation=f"{source}dist_token" in ignored)
+    _drop_positions(converted, target, state, source, [name for name in _DROPPED if source + name in ignored])
+    _adapt_positions(converted, target)
     _fuse_query_key_value(converted, expected or ())
+    token_grids = _untold_grids(state, source) | dict(token_grids)
     grids = {target + name.removeprefix(source): grid for name, grid in token_grids.items()}
     return Conversion(converted, grids, _describe(host, state, source), ignored)
+
+
+def required_tensors(expected: Collection[str]) -> tuple[str, dict[str, dict[str, str]]]:
+    """What a file of the model's kind of transformer has in any case, whatever it was trained for.
+
+    That leaves out what pretraining may lack: operators, relative and absolute positions, class tokens, the bias of
+    query, key and value, last norms, heads, and all that a detector adds to its transformer.
+
+    Args:
+        expected: keys of the model.
+
+    Returns:
+        "ViT" or "Swin", and by part of it, such as a block, the key of each tensor by its name in there. "" and {} for
+        a model without one.
+    """
+    host, prefix = _find_host(expected)
+    if host is None:
+        return "", {}
+    parts: dict[str, dict[str, str]] = {}
+    for key in expected:
+        match = _OWN.fullmatch(key.removeprefix(prefix)) if key.startswith(prefix) else None
+        if match and not _OPTIONAL.fullmatch(match["leaf"]):
+            parts.setdefault(prefix + match["part"], {})[match["leaf"]] = key
+    return host.name, parts
 
 
 def _unwrap(state: Mapping[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
@@ -153,19 +188,41 @@ def _shift_merging(name: str, stages: int) -> str:
     return re.sub(r"(?<=^layers\.)\d+(?=\.downsample\.)", lambda stage: str(int(stage[0]) + stages), name)
 
 
-def _reason_to_ignore(name: str, new_key: str, expected: Collection[str]) -> str | None:
+def _reason_to_ignore(name: str, new_key: str, expected: Collection[str], has_operators: bool) -> str | None:
     if _CONSTANT.fullmatch(name):
         return "a constant that the model computes"
     if new_key in expected:
         return None
+    if name == "reg_token" and has_operators:
+        # Their functions are dropped with them. Softmax takes a part of its weights from registers: it stops.
+        return "register tokens, which the model does not have"
     return next((reason for reason, pattern in _IGNORABLE.items() if re.fullmatch(pattern, name)), None)
 
 
-def _adapt_positions(state: dict[str, Tensor], target: str, has_distillation: bool) -> None:
-    key = f"{target}pos_embed"
-    if has_distillation and key in state:
-        # Class token, distillation token, patches.
-        state[key] = torch.cat([state[key][:, :1], state[key][:, 2:]], dim=1)
+def _drop_positions(
+    converted: dict[str, Tensor], target: str, state: Mapping[str, Tensor], source: str, dropped: Sequence[str]
+) -> None:
+    """Takes the positions of tokens behind the class token that were dropped, where these have some."""
+    key, count = f"{target}pos_embed", sum(state[source + name].shape[1] for name in dropped)
+    if not count or key not in converted:
+        return
+    grid = position_grid(state, f"{source}pos_embed")
+    if grid is None or grid.class_tokens:
+        first = class_tokens(state, source) - count
+        converted[key] = torch.cat([converted[key][:, :first], converted[key][:, first + count :]], dim=1)
+
+
+def _untold_grids(state: Mapping[str, Tensor], source: str) -> dict[str, tuple[int, int, int]]:
+    """Grids of the operators of a ViT with several class tokens, which their number of tokens does not tell."""
+    count, positions = class_tokens(state, source), f"{source}pos_embed"
+    grid = position_grid(state, positions) if count > 1 and positions in state else None
+    if grid is None:
+        return {}
+    operators = [key.removesuffix(".coefficients") for key in state if _OPERATOR.search(key)]
+    return dict.fromkeys(operators, (grid.height, grid.width, count))
+
+
+def _adapt_positions(state: dict[str, Tensor], target: str) -> None:
     key = f"{target}absolute_pos_embed"
     if key in state and state[key].ndim == 3:
         # (1, N, C) in the original Swin, (1, C, H, W) in Detectron2's.

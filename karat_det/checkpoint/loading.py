@@ -1,13 +1,13 @@
 """Weights into models: safe reading, and an account of what was loaded that a user can check.
 
 What the files are is in files.py, in what names they have the weights in layouts.py. Those saved here hold under
-"token_grids" the (H, W) of each operator's tokens too, and under "operator_config" the fields of their KArAtConfig.
+"token_grids" the grid of each operator's tokens too, and under "operator_config" the fields of their KArAtConfig.
 """
 
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,15 @@ from torch import Tensor, nn
 
 from ..attention import KArAtOperator
 from .files import read_weights
-from .layouts import HEAD, LAYOUTS, convert_state
+from .layouts import HEAD, LAYOUTS, convert_state, required_tensors
 from .resampling import resample_state, token_grids
 
 logger = logging.getLogger(__name__)
 
 # Fields of KArAtConfig that make another function of the same tensors.
-_FUNCTION = ("basis", "order", "base_function", "projection", "residual", "init", "spline_range")
+_FUNCTION = ("basis", "order", "base_function", "projection", "residual", "init")
+# Those of B-splines alone, of which G + k + 1 have one coefficient each: the sum does not tell the intervals.
+_SPLINE = ("grid_size", "spline_order", "spline_range")
 # Swin's index of pairs of tokens: a constant, which files of other layouts do not have.
 _COMPUTED_BY_THE_MODEL = "relative_position_index"
 
@@ -40,9 +42,10 @@ class SafeCheckpointer(DetectionCheckpointer):
     Args:
         model: the model to save and load.
         save_dir: folder of the run's checkpoints.
-        strict: whether tensors that the model lacks, or that have another shape than the model's, stop the run.
-        complete: whether tensors that the file lacks stop it too. A run that resumes or evaluates wants that, one that
-            starts from a pretrained backbone or from a classifier for other classes does not.
+        strict: whether tensors that the model lacks, or that have another shape than the model's, stop the run, and a
+            ViT or Swin in the file that lacks blocks of the model's.
+        complete: whether any tensor that the file lacks stops it too. A run that resumes or evaluates wants that, one
+            that starts from a pretrained backbone or from a classifier for other classes does not.
         checkpointables: further objects with a state dict, as for Detectron2's.
     """
 
@@ -182,12 +185,15 @@ class SafeCheckpointer(DetectionCheckpointer):
             rows = "\n".join(f"  MODEL.KARAT.{row}" for row in different)
             unfit.append(f"The file's operators are other functions of the same tensors:\n{rows}")
         if self.strict:
+            if not self.complete and (lacking := _lacking_parts(self.model, loaded, absent)):
+                unfit.append(lacking)
             complaints += unfit
         elif unfit:
             logger.warning("Left out, since MODEL.WEIGHTS_STRICT is False: %s", "\n".join(unfit))
         if complaints:
             remedy = (
-                "\nSet MODEL.WEIGHTS_STRICT False to load what fits and leave out the rest."
+                "\nUse the config that the weights were made with, or set MODEL.WEIGHTS_STRICT False to load what fits "
+                "and leave out the rest."
                 if unfit and loaded and len(complaints) == len(unfit)
                 else "\nUse the config that the weights were made with."
             )
@@ -198,9 +204,10 @@ class SafeCheckpointer(DetectionCheckpointer):
     def _different_settings(self, theirs: dict[str, Any]) -> list[str]:
         """What makes operators whose config has these fields other functions than the model's."""
         ours = next((asdict(operator.config) for operator in _operators(self.model).values()), {})
+        splines = _SPLINE if theirs.get("basis") == ours.get("basis") == "bspline" else ()
         return [
             f"{field.upper()}: {theirs[field]} in the file, {ours[field]} in the model"
-            for field in _FUNCTION
+            for field in _FUNCTION + splines
             if field in theirs and field in ours and theirs[field] != ours[field]
         ]
 
@@ -240,6 +247,20 @@ def _drop_foreign_head(state: dict[str, Tensor], model: nn.Module) -> dict[str, 
         for key, shape in ours.items()
         if key in state and state[key].shape[1:] == shape[1:] and len(state[key]) != shape[0]
     }
+
+
+def _lacking_parts(model: nn.Module, loaded: Collection[str], absent: Collection[str]) -> str:
+    """Says which parts of the model's transformer lack what, if the file has others of its parts; "" if none do."""
+    kind, parts = required_tensors(model.state_dict().keys())
+    loaded, absent = set(loaded), set(absent)
+    if not any(key in loaded for keys in parts.values() for key in keys.values()):
+        return ""
+    lacking = defaultdict(list)
+    for part, keys in parts.items():
+        if names := [name for name, key in keys.items() if key in absent]:
+            lacking["all of it" if len(names) == len(keys) else ", ".join(names)].append(part)
+    rows = "\n".join(f"  {', '.join(parts)}: {names}" for names, parts in lacking.items())
+    return f"The file lacks a part of the model's {kind}:\n{rows}" if rows else ""
 
 
 def _operators(model: nn.Module) -> dict[str, KArAtOperator]:

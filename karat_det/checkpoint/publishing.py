@@ -62,9 +62,9 @@ def write_card(weights: str, run: str, checkpoint: dict[str, Any], *, commit: st
     Args:
         weights: the file.
         run: OUTPUT_DIR of the run that the weights are from, with config.yaml and metrics.json.
-        checkpoint: what the run's checkpoint holds besides weights. The figures are those of its iteration if it has
-            one that was evaluated, else the run's last.
-        commit: of the code that trained them; "" is that of this working copy.
+        checkpoint: what the run's checkpoint holds besides weights. The figures are its own, as a classifier's has
+            them, else those of its iteration if it has one that was evaluated, else the run's last.
+        commit: of the code that trained them; "" is that of this working copy, "unknown" where the package is none.
         notes: text for whoever uses the weights.
 
     Returns:
@@ -123,9 +123,14 @@ def _figures(metrics_file: Path, checkpoint: dict[str, Any]) -> tuple[int, dict[
             record = json.loads(line)
             if measures := {key: value for key, value in record.items() if _MEASURE.fullmatch(key)}:
                 evaluations[record["iteration"]] = measures
+    iteration = checkpoint.get("iteration", checkpoint.get("trainer", {}).get("iteration"))
+    own = checkpoint.get("figures")
+    if isinstance(iteration, int) and isinstance(own, dict) and own:
+        if iteration not in evaluations:
+            logger.warning("No evaluation of iteration %s in %s: the card has the file's own.", iteration, metrics_file)
+        return iteration, own
     if not evaluations:
         raise ValueError(f"{metrics_file} holds no evaluation: evaluate the run before publishing it.")
-    iteration = checkpoint.get("iteration", checkpoint.get("trainer", {}).get("iteration"))
     if iteration not in evaluations:
         last = max(evaluations)
         logger.warning("No evaluation of iteration %s in %s: the card has that of %d.", iteration, metrics_file, last)
@@ -134,8 +139,15 @@ def _figures(metrics_file: Path, checkpoint: dict[str, Any]) -> tuple[int, dict[
 
 
 def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    """Commit of the working copy that the package lies in; "unknown" if none, or another project's, has it."""
+    package = Path(__file__).resolve().parents[1]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        top, commit = (
+            subprocess.run(
+                ["git", "-C", str(package), "rev-parse", what], capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for what in ("--show-toplevel", "HEAD")
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return commit if Path(top).resolve() == package.parent else "unknown"

@@ -23,20 +23,24 @@ _FIXED_FACTORS = {
 }
 
 
+# Of a ViT, in their order before its patches.
+PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")
+
+
 class TokenGrid(NamedTuple):
-    """Tokens in rows and columns, row by row, behind a class token or none."""
+    """Tokens in rows and columns, row by row, behind class tokens or none; registers count among these."""
 
     height: int
     width: int
     class_tokens: int = 0
 
     @classmethod
-    def of_square(cls, num_tokens: int) -> "TokenGrid | None":
-        """The square grid of so many tokens, a class token among them if they are one more; None if it is neither."""
-        for class_tokens in (0, 1):
-            side = math.isqrt(num_tokens - class_tokens)
-            if side and side**2 == num_tokens - class_tokens:
-                return cls(side, side, class_tokens)
+    def of_square(cls, num_tokens: int, class_tokens: int = 1) -> "TokenGrid | None":
+        """The square grid of so many tokens, or of all but one, or of all but `class_tokens`; None if it is none."""
+        for count in (0, 1, class_tokens):
+            side = math.isqrt(max(0, num_tokens - count))
+            if side and side**2 == num_tokens - count:
+                return cls(side, side, count)
         return None
 
     @property
@@ -48,17 +52,31 @@ class TokenGrid(NamedTuple):
         return self.class_tokens + self.area
 
     def __str__(self) -> str:
-        return f"{self.height} × {self.width}" + " and a class token" * self.class_tokens
+        classes = " and a class token" if self.class_tokens == 1 else f" and {self.class_tokens} class tokens"
+        return f"{self.height} × {self.width}" + classes * bool(self.class_tokens)
 
 
-def token_grids(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Name of each operator in the model, and the (H, W) of its tokens; without those that no attention knows it of."""
-    known = {
-        id(module.operator): tuple(module.input_size)
-        for module in model.modules()
-        if isinstance(module, KArAtAttention) and module.input_size
-    }
+def token_grids(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name of each operator in the model, and the (H, W) of its tokens, or (H, W, n) if n of them are none of the grid.
+
+    Those n, for a class or as registers, stand before it. Operators that no attention knows it of are left out.
+    """
+    known = {}
+    for module in model.modules():
+        if isinstance(module, KArAtAttention) and module.input_size:
+            class_tokens = module.operator.num_tokens - math.prod(module.input_size)
+            known[id(module.operator)] = (*module.input_size, *([class_tokens] if class_tokens else []))
     return {name: known[id(module)] for name, module in model.named_modules() if id(module) in known}
+
+
+def class_tokens(state: Mapping[str, Tensor], prefix: str) -> int:
+    """How many tokens stand before the patches of a ViT whose keys begin with `prefix`."""
+    return sum(state[prefix + name].shape[1] for name in PREFIX_TOKENS if prefix + name in state)
+
+
+def position_grid(state: Mapping[str, Tensor], key: str) -> TokenGrid | None:
+    """The grid of a ViT's absolute position embedding; its class tokens are those that have a position."""
+    return TokenGrid.of_square(state[key].shape[1], class_tokens(state, key.removesuffix("pos_embed")))
 
 
 def resample_state(
@@ -97,7 +115,7 @@ def resample_operator(
         state: tensors of an operator that differs from `operator` in its tokens only, by name.
         operator: the operator that is to hold the result. `can_resample` must hold for it.
         source: grid of the tokens of `state`.
-        target: grid of the operator's tokens, with a class token only if `source` has one.
+        target: grid of the operator's tokens, with no more class tokens than `source`.
 
     Returns:
         The tensors for `operator`, by name.
@@ -136,7 +154,7 @@ def resample_tokens(tensor: Tensor, axis: int, source: TokenGrid, target: TokenG
     Args:
         tensor: any shape, with the tokens of `source` along `axis`.
         axis: index of that axis.
-        source, target: `target` has a class token only if `source` has one; it is kept as it is, or dropped.
+        source, target: `target` has no more class tokens than `source`, whose first ones are kept, the others dropped.
         weight: factor of the interpolated values.
 
     Returns:
@@ -173,7 +191,8 @@ def _resample_operators(
             continue
         if num_tokens == operator.num_tokens and not (name in grids and name in targets):
             continue
-        source = TokenGrid(*grids[name]) if name in grids else TokenGrid.of_square(num_tokens)
+        told = TokenGrid(*grids[name]) if name in grids else None
+        source = told if told and told.num_tokens == num_tokens else TokenGrid.of_square(num_tokens)
         target = TokenGrid(*targets[name]) if name in targets else TokenGrid.of_square(operator.num_tokens)
         if source == target:
             continue
@@ -198,7 +217,8 @@ def _resample_operators(
 def _resample_positions(state: MutableMapping[str, Tensor], model: nn.Module) -> dict[str, str]:
     """`resample_state` for positions, relative and absolute. Returns what was resampled."""
     resampled = {}
-    for key, tensor in model.state_dict().items():
+    ours = model.state_dict()
+    for key, tensor in ours.items():
         if key not in state or state[key].shape == tensor.shape:
             continue
         if key.endswith(("rel_pos_h", "rel_pos_w")) and state[key].shape[1:] == tensor.shape[1:]:
@@ -212,14 +232,15 @@ def _resample_positions(state: MutableMapping[str, Tensor], model: nn.Module) ->
             resampled[key] = f"{source} to {target}"
             state[key] = resample_tokens(state[key], 0, source, target)
         elif key.endswith("pos_embed") and state[key].ndim == 3 and state[key].shape[::2] == tensor.shape[::2]:
-            source, target = (TokenGrid.of_square(each.shape[1]) for each in (state[key], tensor))
+            source, target = (position_grid(each, key) for each in (state, ours))
             if source is None or target is None:
                 continue
             resampled[key] = f"{source} to {target}"
             # A class token's row that the file lacks stays the model's; detectors do not read it.
+            kept = min(source.class_tokens, target.class_tokens)
+            lacking = tensor[:, kept : target.class_tokens]
             on_grid = resample_tokens(state[key], 1, source, target._replace(class_tokens=0))
-            class_row = state[key][:, :1] if source.class_tokens else tensor[:, :1].to(on_grid.device)
-            state[key] = torch.cat([class_row[:, : target.class_tokens], on_grid], dim=1)
+            state[key] = torch.cat([state[key][:, :kept], lacking.to(on_grid.device), on_grid], dim=1)
     return resampled
 
 

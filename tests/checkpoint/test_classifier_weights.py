@@ -105,6 +105,69 @@ def test_a_detector_computes_what_the_classifier_did_for_its_patches(configs, tm
     assert "class tokens, which the model does not have: cls_token" in caplog.text
 
 
+DISTILLED = VIT | {"NAME": "deit_tiny_distilled_patch16_224"}
+REGISTERS = VIT | {"NAME": "vit_base_patch16_reg4_gap_256"}
+
+
+@pytest.mark.parametrize("sharing", OPERATORS)
+@pytest.mark.parametrize("told", [True, False], ids=["told", "as before grids were told"])
+@pytest.mark.parametrize("through", ["", "converted.safetensors"])
+@pytest.mark.parametrize(("keys", "count"), [(DISTILLED, 2), (REGISTERS, 4)])
+def test_all_tokens_before_the_patches_are_dropped(configs, tmp_path, caplog, keys, count, told, through, sharing):
+    source = classifier(keys, SHARING=sharing)
+    assert source.num_prefix_tokens == count
+    with torch.no_grad():
+        for name in OPERATORS[sharing]:
+            operator = source.get_submodule(name)
+            operator.coefficients[..., :count, :] = 0
+            operator.projector[:, :count] = 0
+        expected = source.get_intermediate_layers(images(), n=1, reshape=True)[0]
+    path = save(tmp_path, source)
+    if told:
+        SafeCheckpointer(source, str(tmp_path)).save("checkpoint")
+    if through:
+        convert_file(path, str(tmp_path / through))
+        path = str(tmp_path / through)
+    model = detector(configs, {"VIT.PRETRAIN_USE_CLS_TOKEN": count == 2}, SHARING=sharing)
+    with caplog.at_level(logging.INFO):
+        start(model, path)
+    with torch.no_grad():
+        torch.testing.assert_close(model.backbone.net(images())["last_feat"], expected, atol=1e-4, rtol=1e-4)
+    for name in OPERATORS[sharing]:
+        assert f"backbone.net.{name}.projector: 14 × 14 and {count} class tokens to 14 × 14\n" in caplog.text
+    reason = "class tokens, which the model does not have: cls_token, dist_token"
+    assert through or (reason if count == 2 else "register tokens, which the model does not have: reg_token") in (
+        caplog.text
+    )
+
+
+@pytest.mark.parametrize(("keys", "count"), [(DISTILLED, 2), (REGISTERS, 4), (VIT, 1)])
+def test_a_classifiers_checkpoint_tells_the_grid_behind_its_class_tokens(tmp_path, keys, count):
+    SafeCheckpointer(classifier(keys), str(tmp_path)).save("checkpoint")
+    assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["token_grids"] == {"operator": (14, 14, count)}
+
+
+@pytest.mark.parametrize(("keys", "count", "embedded"), [(DISTILLED, 2, 2), (REGISTERS, 4, 0)])
+def test_class_tokens_and_registers_are_kept_at_another_size(tmp_path, caplog, keys, count, embedded):
+    source, larger = classifier(keys | {"IMG_SIZE": 56}), classifier(keys, seed=2)
+    with caplog.at_level(logging.INFO):
+        load_weights(larger, save(tmp_path, source))
+    small, large = TokenGrid(7, 7, count), TokenGrid(14, 14, count)
+    expected = resample_operator(source.operator.state_dict(), larger.operator, small, large)
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in larger.operator.state_dict().items())
+    positions = source.pos_embed.detach()
+    grids = (grid._replace(class_tokens=embedded) for grid in (small, large))
+    assert torch.equal(larger.pos_embed, resample_tokens(positions, 1, *grids))
+    name = "dist_token" if count == 2 else "reg_token"
+    assert torch.equal(larger.get_parameter(name), source.get_parameter(name))
+
+
+def test_a_softmax_vits_registers_are_not_dropped_unasked(configs, tmp_path):
+    path = save(tmp_path, classifier(REGISTERS, ENABLED=False))
+    with pytest.raises(ValueError, match=r"1 tensors have no place in the model:\n  backbone.net.\{reg_token\}"):
+        start(detector(configs, {}), path)
+
+
 @pytest.mark.parametrize("residual", ["none", "softmax"])
 def test_without_a_class_token_nothing_but_the_head_is_lost(configs, tmp_path, residual):
     source = classifier({"NAME": "vit_base_patch16_gap_224"} | VIT, RESIDUAL=residual)

@@ -314,6 +314,67 @@ def test_a_vit_of_another_kind_stops(configs, tmp_path, change, complaint):
         load_weights(build(configs, VIT), path, complete=False)
 
 
+@pytest.mark.parametrize("wrap", ["{}", "backbone.net.{}"])
+@pytest.mark.parametrize(
+    ("kept", "rows"),
+    [
+        (r"(?!blocks\.[23]).*", ["{0}blocks.2, {0}blocks.3: all of it"]),
+        (r"(?!blocks\.1\.).*", ["{0}blocks.1: all of it"]),
+        (r"(?!blocks\.1\.mlp\.fc2).*", ["{0}blocks.1: mlp.fc2.weight, mlp.fc2.bias"]),
+        (r"patch_embed.*|blocks\.0\.norm1.*",
+         ["{0}blocks.0: attn.qkv.weight, attn.proj.weight,", "{0}blocks.1, {0}blocks.2, {0}blocks.3: all of it"]),
+    ],
+)  # fmt: skip
+def test_a_vit_that_lacks_blocks_of_the_model_stops(configs, tmp_path, caplog, kept, rows, wrap):
+    state = VisionTransformer(**{**SIZE, "depth": 4}).state_dict()
+    model = build(configs, VIT, VIT__DEPTH=4, VIT__USE_REL_POS=True)
+    state = {wrap.format(key): tensor for key, tensor in state.items() if re.fullmatch(kept, key)}
+    if wrap != "{}":
+        state = {key: tensor for key, tensor in state.items() if key in model.state_dict()}
+    path = save(tmp_path, state)
+    with pytest.raises(ValueError, match="The file lacks a part of the model's ViT:") as caught:
+        load_weights(model, path, complete=False)
+    for row in rows:
+        assert f"\n  {row.format('backbone.net.')}" in str(caught.value)
+    assert str(caught.value).count("backbone.net.blocks.") == sum(row.count("blocks.") for row in rows)
+    assert "Use the config that the weights were made with, or set MODEL.WEIGHTS_STRICT False" in str(caught.value)
+    load_weights(model, path, strict=False, complete=False)
+
+
+def test_a_file_without_patches_but_of_the_models_names_stops(configs, tmp_path):
+    model = build(configs, VIT)
+    state = {key: tensor for key, tensor in model.state_dict().items() if ".patch_embed." not in key}
+    with pytest.raises(ValueError, match=r"lacks a part .* ViT:\n  backbone.net.patch_embed: all of it"):
+        load_weights(model, save(tmp_path, state), complete=False)
+
+
+@pytest.mark.parametrize("source", ["timm", "detector"])
+def test_a_swin_of_fewer_blocks_stops(configs, tmp_path, source):
+    if source == "timm":
+        sizes = {"img_size": 64, "embed_dim": 12, "num_heads": (2, 3), "window_size": 4}
+        state = SwinTransformer(**sizes, depths=(2, 2)).state_dict()
+    else:
+        state = build(configs, SWIN).state_dict()
+    model = build(configs, SWIN, SWIN__DEPTHS=[2, 4])
+    row = "backbone.bottom_up.layers.1.blocks.2, backbone.bottom_up.layers.1.blocks.3: all of it"
+    with pytest.raises(ValueError, match=f"lacks a part of the model's Swin:\n  {row}"):
+        load_weights(model, save(tmp_path, state), complete=False)
+
+
+def test_a_deeper_classifier_does_not_start_from_a_shallower_one(tmp_path):
+    path = save(tmp_path, VisionTransformer(**SIZE).state_dict())
+    with pytest.raises(ValueError, match=r"lacks a part of the model's ViT:\n  blocks.2: all of it"):
+        load_weights(VisionTransformer(**{**SIZE, "depth": 3}), path, complete=False)
+
+
+def test_heads_alone_may_be_loaded(configs, tmp_path, caplog):
+    model = build(configs, VIT)
+    state = {key: tensor for key, tensor in model.state_dict().items() if ".net." not in key}
+    with caplog.at_level(logging.INFO):
+        load_weights(model, save(tmp_path, state), complete=False)
+    assert f"Loaded {len(state)} of the file's {len(state)} tensors" in caplog.text
+
+
 def test_without_a_model_names_are_those_of_a_detector():
     vit = VisionTransformer(**SIZE, num_classes=5).state_dict()
     conversion = convert_state(vit, {"blocks.0.attn.operator": (4, 4)})

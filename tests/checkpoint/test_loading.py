@@ -183,3 +183,22 @@ def test_operators_that_are_other_functions_of_the_same_tensors_stop_the_run(tmp
     with pytest.raises(ValueError, match=rf"MODEL\.KARAT\.{key.upper()}: .* in the file, {ours} in the model"):
         load_weights(model(**basis | fields), path)
     load_weights(model(**basis | fields), path, strict=False)
+
+
+def test_splines_of_as_many_coefficients_but_other_intervals_stop_the_run(tmp_path):
+    def model(**fields):
+        return nn.ModuleDict({"attn": KArAtAttention(8, 2, 6, KArAtConfig(rank=2, **fields))})
+
+    spline = {"basis": "bspline", "grid_size": 5, "spline_order": 3}
+    SafeCheckpointer(model(**spline), str(tmp_path)).save("w")
+    path = str(tmp_path / "w.pth")
+    load_weights(model(**spline), path)
+    with pytest.raises(ValueError) as caught:
+        load_weights(model(**spline | {"grid_size": 6, "spline_order": 2}), path)
+    assert "MODEL.KARAT.GRID_SIZE: 5 in the file, 6 in the model" in str(caught.value)
+    assert "MODEL.KARAT.SPLINE_ORDER: 3 in the file, 2 in the model" in str(caught.value)
+    with pytest.raises(ValueError, match=r"MODEL\.KARAT\.SPLINE_RANGE: 3\.0 in the file, 2\.0 in the model"):
+        load_weights(model(**spline, spline_range=2.0), path)
+    # Of other functions these fields say nothing.
+    SafeCheckpointer(model(spline_order=3), str(tmp_path)).save("w")
+    load_weights(model(spline_order=2, spline_range=2.0), path)

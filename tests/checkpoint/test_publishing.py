@@ -1,12 +1,14 @@
 import hashlib
 import json
 import re
+import subprocess
 
 import pytest
 import torch
 import yaml
 from timm.models.vision_transformer import VisionTransformer
 
+from karat_det.checkpoint import publishing
 from karat_det.checkpoint.files import read_weights
 from karat_det.checkpoint.publishing import convert_file, write_card
 from karat_det.engine.pretraining import load_pretrain_cfg
@@ -89,6 +91,48 @@ def test_the_card_of_a_classifier_tells_its_accuracy(tmp_path, source, run, conf
     for row in (r"trained on *\| digits, data", r"top-1 *\| *81\.50", r"top-5 *\| *97\.25", r"iterations *\| 100"):
         assert re.search(row, text), row
     assert "for `MODEL.WEIGHTS` of a detector" in text and "val_loss" not in text
+
+
+def test_figures_of_the_checkpoint_itself_come_before_those_of_its_run(tmp_path, run, caplog):
+    (tmp_path / "w.safetensors").write_bytes(b"weights")
+    (run / "metrics.json").write_text(json.dumps({"iteration": 99, "top-1": 11.0, "top-5": 22.0}))
+    figures = {"top-1": 81.5, "top-5": 97.25, "val_loss": 0.75}
+    write_card(str(tmp_path / "w.safetensors"), str(run), {"figures": figures, "trainer": {"iteration": 99}})
+    text = (tmp_path / "w.md").read_text()
+    for row in (r"top-1 *\| *81\.50", r"top-5 *\| *97\.25", r"val_loss *\| *0\.75", r"iterations *\| 100"):
+        assert re.search(row, text), row
+    assert "11.0" not in text and not caplog.text
+    # Of a checkpoint that says nothing of itself, or not when it was, they are those of the run.
+    for checkpoint in ({"figures": {}, "trainer": {"iteration": 99}}, {"figures": figures}):
+        write_card(str(tmp_path / "w.safetensors"), str(run), checkpoint)
+        assert re.search(r"top-1 *\| *11\.00", (tmp_path / "w.md").read_text())
+    # A checkpoint of an epoch that was not evaluated has the figures of one before.
+    write_card(str(tmp_path / "w.safetensors"), str(run), {"figures": figures, "trainer": {"iteration": 149}})
+    assert "No evaluation of iteration 149" in caplog.text
+
+
+def git(folder, *arguments):
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    done = subprocess.run(["git", "-C", str(folder), *who, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("place", ["", ".venv/lib/site-packages"])
+def test_the_commit_is_that_of_the_packages_own_working_copy(tmp_path, run, monkeypatch, place):
+    (tmp_path / "w.safetensors").write_bytes(b"weights")
+    repository = tmp_path / "repository"
+    module = repository / place / "karat_det" / "checkpoint" / "publishing.py"
+    module.parent.mkdir(parents=True)
+    monkeypatch.setattr(publishing, "__file__", str(module))
+
+    def commit():
+        write_card(str(tmp_path / "w.safetensors"), str(run), {})
+        return re.search(r"commit *\| (\w+)", (tmp_path / "w.md").read_text())[1]
+
+    assert commit() == "unknown"
+    git(repository, "init")
+    git(repository, "commit", "--allow-empty", "-m", "first")
+    assert commit() == ("unknown" if place else git(repository, "rev-parse", "HEAD"))
 
 
 @pytest.mark.parametrize("missing", ["config.yaml", "metrics.json"])
