@@ -28,6 +28,7 @@ def add_karat_config(cfg: CN) -> None:
     # Plain vision transformer and simple feature pyramid, built as Detectron2's ViT and SimpleFeaturePyramid.
     cfg.MODEL.VIT = CN()
     # Height of the input in pixels, and its width unless IMG_WIDTH gives one. Images are resized or padded to it.
+    # Larger ones, which a Detectron2 pipeline of one's own may give, are refused where a global block has an operator.
     cfg.MODEL.VIT.IMG_SIZE = 224
     # Width of the input in pixels; 0 is IMG_SIZE, a square.
     cfg.MODEL.VIT.IMG_WIDTH = 0
@@ -43,7 +44,8 @@ def add_karat_config(cfg: CN) -> None:
     cfg.MODEL.VIT.QKV_BIAS = True
     # Stochastic depth of the last block; it rises linearly from 0 in the first.
     cfg.MODEL.VIT.DROP_PATH_RATE = 0.1
-    # Side of an attention window, in patches. With KArAt it must divide the patches on each side of the image.
+    # Side of an attention window, in patches. Where it does not divide the patches on a side of the image, the windows
+    # at the edge are padded; nothing attends to their padding, save Detectron2's own softmax.
     cfg.MODEL.VIT.WINDOW_SIZE = 14
     # Blocks that attend within windows; the others attend to the whole image.
     cfg.MODEL.VIT.WINDOW_BLOCKS = [0, 1, 3, 4, 6, 7, 9, 10]

@@ -101,6 +101,7 @@ class KArAtAttention(nn.Module):
         is_mask = attn_mask is not None and attn_mask.dtype == torch.bool
         full, mask = (None, attn_mask) if is_mask else (attn_mask, None)
         batch_size, num_tokens, channels = x.shape[0], x.shape[1:-1].numel(), x.shape[-1]
+        self.operator.check_tokens(num_tokens)
         # (3, B, heads, N, d)
         qkv = self.qkv(x).reshape(batch_size, num_tokens, 3, self.num_heads, channels // self.num_heads)
         qkv = qkv.permute(2, 0, 3, 1, 4)

@@ -232,7 +232,7 @@ class KArAtOperator(nn.Module):
         Returns:
             σ̂(A), of the same shape; row k holds the weights of the N values for query k.
         """
-        self._check_tokens(scores.shape[-1])
+        self.check_tokens(scores.shape[-1])
         with torch.autocast(scores.device.type, enabled=False):
             exact = at_least_float32(scores)
             ours, rest = exact.split((self.num_karat_heads, self.num_heads - self.num_karat_heads), dim=-3)
@@ -275,7 +275,7 @@ class KArAtOperator(nn.Module):
         Raises:
             ValueError: there are not N tokens, in query and key or in the grid of a Bias.
         """
-        self._check_tokens(key.shape[-2])
+        self.check_tokens(key.shape[-2])
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         bias = bias if isinstance(bias, Bias) else Bias(bias)
         sides = [0 if term is None else term.shape[-1] for term in (bias.vertical, bias.horizontal)]
@@ -444,11 +444,13 @@ class KArAtOperator(nn.Module):
     def _scaled(parameter: Tensor, factor: float, like: Tensor) -> Tensor:
         return parameter.to(like.dtype) * factor
 
-    def _check_tokens(self, num_tokens: int) -> None:
+    def check_tokens(self, num_tokens: int) -> None:
+        """Raises ValueError if there are not as many tokens as this operator was made for."""
         if num_tokens != self.num_tokens:
             raise ValueError(
                 f"This operator was made for N = {self.num_tokens} tokens and got {num_tokens}: it holds functions for "
-                "each token, so N is fixed when it is made. Feed inputs of the size that the model was made for."
+                "each token, so N is fixed when it is made. Feed inputs of the size that the model was made for: in a "
+                "ViTDet detector, images of MODEL.VIT.IMG_SIZE and IMG_WIDTH."
             )
 
     def extra_repr(self) -> str:

@@ -1,23 +1,46 @@
-"""Self-attention within windows, plain and shifted, with a KArAt operator where softmax stood.
+"""Self-attention within windows of a feature map, with a KArAt operator where softmax stood.
 
-Takes the place of Swin's W-MSA and SW-MSA, "Swin Transformer", arXiv 2103.14030. A window is M × M tokens of a feature
-map; SW-MSA shifts them by M / 2, rolling the map, so that windows at its edge hold tokens that are no neighbours.
+A window is M × M tokens of a map that is padded, on the right and below, to whole windows: those of Detectron2's ViT,
+and W-MSA of Swin, "Swin Transformer", arXiv 2103.14030. Swin's SW-MSA shifts windows by M / 2, rolling the map, so that
+windows at its edge hold tokens that are no neighbours. Padding and the shift divide windows into regions, and a token
+attends to those of its own region: neither the score nor the value of another pair has any effect.
 """
 
+import itertools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from .module import KArAtAttention
 from .operator import KArAtConfig, KArAtOperator
+
+
+class KArAtPaddedWindowAttention(KArAtAttention):
+    """KArAtAttention within windows as Detectron2's ViT cuts them, in which nothing attends to padding.
+
+    It is made of KArAtAttention's arguments, input_size being (M, M).
+
+    Attributes:
+        map_size: (H, W) of the feature map, in tokens, without padding; to be set before `forward`.
+    """
+
+    map_size: tuple[int, int] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """
+        Args:
+            x: tokens of the windows, (B · windows, M, M, C).
+
+        Returns:
+            A tensor of the shape of x.
+        """
+        return attend_by_regions(super().forward, x, self.map_size, self.input_size[0])
 
 
 class KArAtWindowAttention(nn.Module):
     """W-MSA or SW-MSA with a KArAt operator where softmax stood; it takes over the layers of Detectron2's or timm's.
-
-    A token attends to those of its own region of the window. Tokens that the shift has brought together from opposite
-    edges of the feature map are in different regions, and so are tokens and padding: neither the score nor the value of
-    such a pair has any effect.
 
     Args:
         softmax: the `WindowAttention` of either. Its `relative_position_bias_table`, `relative_position_index`, `qkv`
@@ -53,22 +76,57 @@ class KArAtWindowAttention(nn.Module):
         Returns:
             A tensor of the shape of x.
         """
-        regions = window_regions(self.map_size, self.window_size[0], self.shift_size)  # (windows, N)
-        # (3, B, windows, heads, N, d)
-        qkv = self.qkv(x).reshape(-1, *regions.shape, 3, self.num_heads, x.shape[-1] // self.num_heads)
-        qkv = qkv.permute(3, 0, 1, 4, 2, 5)
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)  # (heads, N, N)
 
-        # Few windows are of more than one region. The others need no mask, without which attention is leaner.
-        divided = (regions != regions[:, :1]).any(dim=1)
-        seen = regions[divided, None, None, :] == regions[divided, None, :, None]  # (windows, 1, N, N)
-        attended = qkv.new_empty(qkv.shape[1:])
-        for chosen, mask in ((~divided, None), (divided, seen.to(x.device))):
-            windows = chosen.nonzero().flatten().to(x.device)
-            if len(windows):
-                query, key, value = qkv.index_select(2, windows)
-                attended[:, windows] = self.operator.attend(query, key, value, bias, self.scale, mask)
-        return self.proj(attended.transpose(2, 3).reshape(x.shape))
+        def attend(qkv: Tensor, mask: Tensor | None) -> Tensor:
+            query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (*, heads, N, d)
+            attended = self.operator.attend(query, key, value, bias, self.scale, mask)
+            return attended.transpose(1, 2).flatten(2)
+
+        windows = attend_by_regions(attend, self.qkv(x), self.map_size, self.window_size[0], self.shift_size)
+        return self.proj(windows)
+
+
+def attend_by_regions(
+    attend: Callable[[Tensor, Tensor | None], Tensor],
+    x: Tensor,
+    map_size: tuple[int, int],
+    window_size: int,
+    shift_size: int = 0,
+) -> Tensor:
+    """Applies an attention to windows, without a mask to those of one region, where it is leaner.
+
+    Args:
+        attend: maps some of the windows, of the shape of x but for their number, and a mask (some, 1, N, N), False
+            where a query does not see a key, or None, to tokens of the same shape but for the last dimension.
+        x: tokens of the windows, (B · windows, ...).
+        map_size, window_size, shift_size: see `window_regions`.
+
+    Returns:
+        What `attend` made, in the order of x.
+    """
+    # From numbers of Python's, so that torch.compile knows how many windows are divided.
+    rows, columns = (
+        [len(set(places)) > 1 for places in _axis_regions(size, window_size, shift_size)] for size in map_size
+    )
+    is_divided = [row or column for row, column in itertools.product(rows, columns)]
+    if not any(is_divided):
+        return attend(x, None)
+    divided = [index for index, is_so in enumerate(is_divided) if is_so]
+    whole = [index for index, is_so in enumerate(is_divided) if not is_so]
+    regions = window_regions(map_size, window_size, shift_size)[divided].to(x.device)  # (divided, N)
+    seen = regions[:, None, None, :] == regions[:, None, :, None]  # (divided, 1, N, N)
+    batch_size = x.shape[0] // len(is_divided)
+    mask = seen.repeat(batch_size, 1, 1, 1)
+    if not whole:
+        return attend(x, mask)
+    order = torch.tensor(whole + divided, device=x.device)
+    parts = x.unflatten(0, (batch_size, -1))[:, order].split((len(whole), len(divided)), dim=1)
+    attended = [
+        attend(part.flatten(0, 1), part_mask).unflatten(0, (batch_size, -1))
+        for part, part_mask in zip(parts, (None, mask), strict=True)
+    ]
+    return torch.cat(attended, dim=1)[:, order.argsort()].flatten(0, 1)
 
 
 def window_regions(map_size: tuple[int, int], window_size: int, shift_size: int) -> Tensor:
@@ -79,13 +137,15 @@ def window_regions(map_size: tuple[int, int], window_size: int, shift_size: int)
         window_size: side of a window, in tokens.
         shift_size: by how many tokens the map, padded to whole windows, is rolled before it is cut into windows.
     """
-    rows, columns = (_axis_regions(size, window_size, shift_size) for size in map_size)
-    regions = 4 * rows[:, None] + columns
-    in_windows = regions.unflatten(1, (-1, window_size)).unflatten(0, (-1, window_size))
-    return in_windows.transpose(1, 2).flatten(2).flatten(0, 1)
+    # (windows along the axis, M)
+    rows, columns = (torch.tensor(_axis_regions(size, window_size, shift_size)) for size in map_size)
+    return (4 * rows[:, None, :, None] + columns[:, None, :]).flatten(2).flatten(0, 1)
 
 
-def _axis_regions(size: int, window_size: int, shift_size: int) -> Tensor:
-    """Along one axis of the map: 1 for what the roll has brought from the opposite edge, plus 2 for padding."""
-    places = torch.arange(math.ceil(size / window_size) * window_size).roll(-shift_size)
-    return (places < shift_size) + 2 * (places >= size)
+def _axis_regions(size: int, window_size: int, shift_size: int) -> list[list[int]]:
+    """Of each place of each window along one axis: 1 if the roll has brought it from the opposite edge, plus 2 if it is
+    padding."""
+    padded = math.ceil(size / window_size) * window_size
+    places = [(place + shift_size) % padded for place in range(padded)]
+    regions = [(place < shift_size) + 2 * (place >= size) for place in places]
+    return [regions[start : start + window_size] for start in range(0, padded, window_size)]

@@ -14,10 +14,11 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
-from detectron2.modeling.backbone.vit import SimpleFeaturePyramid, ViT
+from detectron2.modeling.backbone.vit import Block, SimpleFeaturePyramid, ViT
 
 from ..attention.module import KArAtAttention
 from ..attention.operator import KArAtOperator
+from ..attention.window import KArAtPaddedWindowAttention
 from ..config import image_size, karat_config
 from .levels import check_levels
 
@@ -30,7 +31,9 @@ def build_vitdet_karat_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SimpleF
     """Builds ViTDet's backbone with KArAt in its blocks, from MODEL.VIT, MODEL.KARAT and MODEL.FPN.
 
     With MODEL.KARAT.ENABLED False it is Detectron2's own, key for key. A universal operator, shared by the blocks that
-    have KArAt, is `net.operator`; the operators of blockwise sharing are `net.blocks.<i>.attn.operator`.
+    have KArAt, is `net.operator`; the operators of blockwise sharing are `net.blocks.<i>.attn.operator`. Images smaller
+    than MODEL.VIT.IMG_SIZE and IMG_WIDTH are padded to them; larger ones are refused where a global block has an
+    operator, and else taken as they are.
 
     Args:
         cfg: a config with the keys of `add_karat_config`.
@@ -75,12 +78,12 @@ def build_vitdet_karat_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SimpleF
     pyramid = PaddingFeaturePyramid(
         net,
         image_size=(height, width),
+        is_size_fixed=cfg.MODEL.KARAT.ENABLED and not set(_karat_grids(cfg)) <= set(_window_blocks(cfg)),
         in_feature="last_feat",
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
         scale_factors=vit.SCALE_FACTORS,
         top_block=top_block,
         norm=cfg.MODEL.FPN.NORM,
-        square_pad=height if height == width else 0,
     )
     made_of = f"MODEL.VIT.PATCH_SIZE {vit.PATCH_SIZE} and SCALE_FACTORS {vit.SCALE_FACTORS}"
     check_levels(cfg, list(pyramid.output_shape()), made_of)
@@ -88,22 +91,51 @@ def build_vitdet_karat_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SimpleF
 
 
 class PaddingFeaturePyramid(SimpleFeaturePyramid):
-    """Detectron2's pyramid, which pads images, on the right and below, to the one size that its ViT was made for.
+    """Detectron2's pyramid, which pads images, on the right and below, to the size that its ViT was made for.
 
-    Detectron2 itself pads a batch to a square or to its largest image.
+    Detectron2 itself pads a batch to its largest image, or to a square, to which it crops what is larger.
 
     Args:
         net: the ViT.
         image_size: (height, width), in pixels.
+        is_size_fixed: whether the ViT takes images of this size only. Else a larger image is padded to whole patches.
         arguments: those of SimpleFeaturePyramid.
     """
 
-    def __init__(self, net: ViT, image_size: tuple[int, int], **arguments):
+    def __init__(self, net: ViT, image_size: tuple[int, int], is_size_fixed: bool, **arguments):
         super().__init__(net, **arguments)
         self.image_size = image_size
+        self.is_size_fixed = is_size_fixed
+
+    @property
+    def padding_constraints(self) -> dict[str, int]:
+        """None: Detectron2's detectors pad a batch to its largest image, `forward` does the rest."""
+        return {}
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        missing = [max(0, size - given) for size, given in zip(self.image_size, x.shape[-2:], strict=True)]
+        """
+        Args:
+            x: images (B, C, height, width).
+
+        Returns:
+            Levels of the pyramid, by name.
+
+        Raises:
+            ValueError: the size is fixed, and the images are larger.
+        """
+        (height, width), given = self.image_size, x.shape[-2:]
+        if self.is_size_fixed and (given[0] > height or given[1] > width):
+            raise ValueError(
+                f"An image, or the largest height and width in a batch, is {given[0]} × {given[1]} pixels. With "
+                f"MODEL.KARAT.GLOBAL_BLOCKS operator it must not exceed MODEL.VIT.IMG_SIZE and IMG_WIDTH, {height} × "
+                f"{width}. Make images smaller, as karat_det.data.mapper.build_augmentation does, and "
+                f"Detectron2's DefaultPredictor with INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST {min(height, width)}; or "
+                "build the model for a larger MODEL.VIT.IMG_SIZE."
+            )
+        patch = self.net.output_shape()[self.in_feature].stride
+        missing = [
+            max(own, math.ceil(size / patch) * patch) - size for own, size in zip(self.image_size, given, strict=True)
+        ]
         return super().forward(F.pad(x, (0, missing[1], 0, missing[0])) if any(missing) else x)
 
 
@@ -136,7 +168,8 @@ def _replace_attention(net: ViT, cfg: CfgNode) -> None:
         shared = net.operator = KArAtOperator(vit.NUM_HEADS, math.prod(next(iter(grids.values()))), config)
     for index, grid in grids.items():
         block = net.blocks[index]
-        attention = KArAtAttention(
+        attention_type = KArAtPaddedWindowAttention if block.window_size else KArAtAttention
+        attention = attention_type(
             vit.EMBED_DIM,
             vit.NUM_HEADS,
             math.prod(grid),
@@ -149,6 +182,14 @@ def _replace_attention(net: ViT, cfg: CfgNode) -> None:
         # The linear layers keep the weights that the ViT drew, so that one seed starts KArAt and softmax alike.
         attention.qkv, attention.proj = block.attn.qkv, block.attn.proj
         block.attn = attention
+        if block.window_size:
+            block.register_forward_pre_hook(_pass_map_size)
+
+
+def _pass_map_size(block: Block, inputs: tuple[torch.Tensor]) -> None:
+    """Tells a block's attention the size of the feature map, which the block pads and cuts into windows."""
+    height, width = inputs[0].shape[1:3]
+    block.attn.map_size = int(height), int(width)
 
 
 def _karat_grids(cfg: CfgNode) -> dict[int, tuple[int, int]]:
@@ -238,15 +279,6 @@ def _check_sizes(cfg: CfgNode) -> None:
             f"MODEL.VIT.WINDOW_SIZE is {vit.WINDOW_SIZE}, but there are window blocks. It must be at least 1; "
             "MODEL.VIT.WINDOW_BLOCKS [] is for none."
         )
-    for key in ("IMG_SIZE", "IMG_WIDTH"):
-        patches = vit[key] // vit.PATCH_SIZE
-        if set(windows) & set(grids) and patches % vit.WINDOW_SIZE:
-            # Detectron2 pads such windows; softmax learns to live with it, an operator would sum over the padding.
-            raise ValueError(
-                f"MODEL.VIT.{key} / PATCH_SIZE is {vit[key]} / {vit.PATCH_SIZE} = {patches} patches on a side, "
-                f"which MODEL.VIT.WINDOW_SIZE, {vit.WINDOW_SIZE}, does not divide; with KArAt windows must "
-                f"tile the image. Sizes that fit: {_multiples_near(vit[key], vit.PATCH_SIZE * vit.WINDOW_SIZE)}."
-            )
 
 
 def _multiples_near(size: int, divisor: int) -> str:

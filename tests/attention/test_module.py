@@ -122,6 +122,9 @@ def test_sizes_that_do_not_fit_are_refused():
         KArAtAttention(8, 2, 4, KArAtConfig(rank=2), operator=KArAtOperator(2, 9, KArAtConfig(rank=2)))
     with pytest.raises(ValueError, match="N = 4 tokens and got 9"):
         KArAtAttention(8, 2, 4, KArAtConfig(rank=2))(torch.zeros(1, 9, 8))
+    on_grid = KArAtAttention(8, 2, 4, KArAtConfig(rank=2), use_rel_pos=True, input_size=(2, 2))
+    with pytest.raises(ValueError, match=r"N = 4 tokens and got 12.*MODEL.VIT.IMG_SIZE"):
+        on_grid(torch.zeros(1, 3, 4, 8))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from karat_det.attention.window import window_regions
+from karat_det.attention.window import attend_by_regions, window_regions
 
 
 @given(height=st.integers(1, 11), width=st.integers(1, 11), window=st.integers(2, 5), is_shifted=st.booleans())
@@ -34,3 +34,21 @@ def test_the_last_of_shifted_windows_is_of_four_regions(shift, count):
     regions = window_regions((8, 12), 4, shift)
     assert [len(window.unique()) for window in regions][-1] == count
     assert len(regions[0].unique()) == 1
+
+
+@given(height=st.integers(1, 11), width=st.integers(1, 11), window=st.integers(2, 4), is_shifted=st.booleans())
+def test_windows_are_attended_in_their_order_and_only_divided_ones_with_a_mask(height, width, window, is_shifted):
+    shift = window // 2 * is_shifted
+    regions = window_regions((height, width), window, shift)
+    x = torch.randn(2, *regions.shape, 3, dtype=torch.float64)
+
+    def sums(x, mask):
+        """What each token sees, summed."""
+        if mask is not None:
+            assert not mask.all(dim=-1).all(dim=-1).any()  # each of these windows is divided
+        seen = torch.ones(len(x), 1, window**2, window**2, dtype=torch.bool) if mask is None else mask
+        return seen[:, 0].to(x.dtype) @ x
+
+    found = attend_by_regions(sums, x.flatten(0, 1), (height, width), window, shift)
+    seen = regions[:, :, None] == regions[:, None, :]
+    torch.testing.assert_close(found, (seen.to(x.dtype) @ x).flatten(0, 1))

@@ -230,6 +230,14 @@ def test_it_runs_under_autocast(family):
     torch.testing.assert_close(narrow.float(), expected, atol=0.05, rtol=0.05)
 
 
+def test_swin_compiles_without_a_graph_break_to_the_same_outputs():
+    stage = build(SWIN).layers[0].eval()  # plain windows, then shifted ones
+    torch.compiler.reset()
+    compiled = torch.compile(stage, fullgraph=True, backend="eager")
+    x = torch.randn(2, 14, 14, 12)
+    torch.testing.assert_close(compiled(x), stage(x))
+
+
 @given(patches=st.integers(1, 6), patch=st.integers(1, 5), heads=st.integers(1, 4), depth=st.integers(1, 3))
 @settings(max_examples=10, deadline=None)
 def test_any_vit_is_of_the_sizes_given(patches, patch, heads, depth):

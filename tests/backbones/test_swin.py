@@ -247,6 +247,32 @@ def disturb(block, part, windows, tokens):
     block.attn.qkv.register_forward_hook(add)
 
 
+@pytest.mark.parametrize("kind", BLOCK)
+@pytest.mark.parametrize("size", [(8, 8), (7, 6)], ids=str)
+def test_the_attention_compiles_without_a_graph_break_to_the_same_outputs(configs, kind, size):
+    attention = blocks(build(configs))[BLOCK[kind]].attn
+    attention.map_size = size
+    torch.compiler.reset()
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    x, results = torch.randn(2 * 4, WINDOW**2, 12), []
+    for module in (attention, compiled):
+        attention.zero_grad()
+        output = module(x)
+        output.square().sum().backward()
+        results.append([output, *(parameter.grad for parameter in attention.parameters())])
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_the_backbone_compiles_without_a_graph_break_to_the_same_outputs(configs):
+    backbone = build(configs)
+    torch.compiler.reset()
+    compiled = torch.compile(backbone, fullgraph=True, backend="eager")
+    image = torch.randn(1, 3, 56, 88)
+    for level, feature in backbone(image).items():
+        torch.testing.assert_close(compiled(image)[level], feature)
+
+
 def test_residual_softmax_starts_as_the_softmax_network_where_windows_tile(configs):
     softmax, residual = build(configs, ENABLED=False), build(configs, RESIDUAL="softmax")
     image = torch.randn(2, 3, 64, 128)

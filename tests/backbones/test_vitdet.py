@@ -1,17 +1,21 @@
+import itertools
 import shutil
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from detectron2.engine import DefaultPredictor
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, build_backbone, build_model
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from detectron2.modeling.backbone.utils import window_partition
 from detectron2.modeling.backbone.vit import Attention, SimpleFeaturePyramid, ViT
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 
-from karat_det.attention import KArAtAttention
+from karat_det.attention import KArAtAttention, KArAtOperator
+from karat_det.attention.window import KArAtPaddedWindowAttention
 from karat_det.engine.setup import load_cfg
 
 # Two blocks of windows, two of the whole image; 4 × 4 patches in all.
@@ -50,7 +54,8 @@ def test_importing_the_package_registers_the_backbone():
     assert "build_vitdet_karat_backbone" in BACKBONE_REGISTRY
 
 
-def test_disabled_it_is_detectron2s_own_vitdet(configs):
+@pytest.mark.parametrize("size", [(64, 64), (96, 128)])
+def test_disabled_it_is_detectron2s_own_vitdet(configs, size):
     ours = build(configs, ENABLED=False)
     theirs = SimpleFeaturePyramid(
         ViT(
@@ -71,17 +76,15 @@ def test_disabled_it_is_detectron2s_own_vitdet(configs):
         scale_factors=(4.0, 2.0, 1.0, 0.5),
         top_block=LastLevelMaxPool(),
         norm="LN",
-        square_pad=64,
     )
     assert list(ours.state_dict()) == list(theirs.state_dict())
     theirs.load_state_dict(ours.state_dict())
-    image = torch.randn(2, 3, 64, 64)
+    image = torch.randn(2, 3, *size)
     expected = theirs(image)
     outputs = ours(image)
     assert list(outputs) == list(expected) == ["p2", "p3", "p4", "p5", "p6"]
     for level in expected:
         assert torch.equal(outputs[level], expected[level])
-    assert ours.padding_constraints == theirs.padding_constraints
 
 
 def test_every_block_has_karat_of_its_own_token_count(configs):
@@ -98,9 +101,9 @@ def test_every_block_has_karat_of_its_own_token_count(configs):
 @pytest.mark.parametrize(
     ("choice", "kinds", "tokens"),
     [
-        ("operator", [KArAtAttention] * 4, [4, 16, 4, 16]),
-        ("softmax", [KArAtAttention, Attention] * 2, [4, None, 4, None]),
-        ("window", [KArAtAttention] * 4, [4, 4, 4, 4]),
+        ("operator", [KArAtPaddedWindowAttention, KArAtAttention] * 2, [4, 16, 4, 16]),
+        ("softmax", [KArAtPaddedWindowAttention, Attention] * 2, [4, None, 4, None]),
+        ("window", [KArAtPaddedWindowAttention] * 4, [4, 4, 4, 4]),
     ],
 )
 def test_global_blocks(configs, choice, kinds, tokens):
@@ -143,9 +146,135 @@ def test_a_universal_operator_is_shared_by_the_chosen_blocks_alone(configs):
     assert backbone.net.operator.num_tokens == 16
 
 
-def test_windows_need_not_tile_the_image_where_they_are_softmax(configs):
-    backbone = build(configs, IMG_SIZE=96, WINDOW_SIZE=4, BLOCKS=[1, 3])
-    assert backbone(torch.randn(1, 3, 96, 96))["p4"].shape == (1, 16, 6, 6)
+VARIANTS = [
+    {},
+    {"RESIDUAL": "softmax", "NUM_KARAT_HEADS": 1},
+    {"ORDER": "project_before"},
+    {"PROJECTION": "simplex", "BASE_FUNCTION": "silu"},
+    {"BASIS": "mexican_hat", "RANK": None},
+]
+
+
+def slow_window_block(block, x):
+    """What a window block is to compute for a map (B, H, W, C): one window and one pair of tokens after the other,
+    without padding. Windows at the right and lower edge may hold fewer tokens."""
+    attention, side = block.attn, block.window_size
+    num_heads, num_tokens = attention.num_heads, side**2
+    query, key, value = (part.unflatten(-1, (num_heads, -1)) for part in attention.qkv(block.norm1(x)).chunk(3, dim=-1))
+    output = torch.zeros_like(query)
+    for image, top, left in itertools.product(range(len(x)), range(0, x.shape[1], side), range(0, x.shape[2], side)):
+        rows, columns = range(top, min(top + side, x.shape[1])), range(left, min(left + side, x.shape[2]))
+        tokens = {(row - top) * side + column - left: (image, row, column) for row in rows for column in columns}
+        scores = torch.zeros(num_heads, num_tokens, num_tokens)
+        mask = torch.eye(num_tokens, dtype=torch.bool)  # what becomes of an empty place is of no interest
+        for (i, place), (j, other) in itertools.product(tokens.items(), repeat=2):
+            bias = (
+                attention.rel_pos_h[place[1] - other[1] + side - 1]
+                + attention.rel_pos_w[place[2] - other[2] + side - 1]
+            )
+            scores[:, i, j] = (query[place] * (key[other] * query.shape[-1] ** -0.5 + bias)).sum(-1)
+            mask[i, j] = True
+        weights = attention.operator.activate(scores, mask)
+        for i, place in tokens.items():
+            output[place] = sum(weights[:, i, j, None] * value[other] for j, other in tokens.items())
+    x = x + attention.proj(output.flatten(-2))
+    return x + block.mlp(block.norm2(x))
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: " ".join(map(str, variant.values())) or "default")
+@pytest.mark.parametrize("size", [(6, 3), (4, 7), (2, 2)], ids=["none padded", "some padded", "all padded"])
+def test_a_window_block_equals_the_slow_one(configs, variant, size):
+    block = build(configs, WINDOW_SIZE=3, GLOBAL_BLOCKS="softmax", **variant).net.blocks[0]
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in block.attn.parameters():
+            parameter.normal_(std=0.5)
+        x = torch.randn(2, *size, 24)
+        torch.testing.assert_close(block(x), slow_window_block(block, x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("variant", [{}, *VARIANTS, {"ENABLED": False}], ids=str)
+def test_padding_of_windows_contributes_nothing(configs, variant):
+    block = build(configs, GLOBAL_BLOCKS="softmax", **variant).net.blocks[0]
+    block.attn.qkv.weight.data.normal_(std=0.3)
+    x = torch.randn(2, 3, 5, 24)
+    is_padding = window_partition(torch.ones(2, 3, 5, 1), 2)[0] == 0
+
+    def change(attention, inputs):
+        return inputs[0] + 3.0 * is_padding
+
+    with torch.no_grad():
+        before = block(x)
+        block.attn.register_forward_pre_hook(change)
+        # Softmax, as Detectron2 has it, attends to the padding.
+        assert torch.equal(block(x), before) == isinstance(block.attn, KArAtAttention)
+
+
+@pytest.mark.parametrize(("size", "calls"), [((4, 4), [(4, False)]), ((3, 5), [(2, False), (4, True)])])
+def test_only_windows_with_padding_have_a_mask(configs, monkeypatch, size, calls):
+    block = build(configs).net.blocks[0]
+    attend, seen = KArAtOperator.attend, []
+
+    def watched(operator, query, key, value, bias=None, scale=None, mask=None):
+        seen.append((len(query), mask is not None))
+        return attend(operator, query, key, value, bias, scale, mask)
+
+    monkeypatch.setattr(KArAtOperator, "attend", watched)
+    block(torch.randn(1, *size, 24))
+    assert seen == calls
+
+
+@pytest.mark.parametrize("sharing", ["blockwise", "universal"])
+@pytest.mark.parametrize("size", [512, 1024])
+def test_windows_of_14_at_512_and_1024(configs, size, sharing):
+    values = {"IMG_SIZE": size, "WINDOW_SIZE": 14, "DEPTH": 3, "WINDOW_BLOCKS": [0, 2], "SHARING": sharing}
+    backbone = build(configs, GLOBAL_BLOCKS="softmax", EMBED_DIM=16, NUM_HEADS=1, RANK=12, **values)
+    sum(feature.square().sum() for feature in backbone(torch.randn(1, 3, size, size)).values()).backward()
+    operators = {attention.operator for attention in attentions(backbone) if isinstance(attention, KArAtAttention)}
+    assert len(operators) == (2 if sharing == "blockwise" else 1)
+    for operator in operators:
+        assert operator.num_tokens == 196
+        assert operator.coefficients.grad.isfinite().all() and operator.coefficients.grad.any()
+
+
+def test_larger_images_are_refused_where_a_global_block_has_an_operator(configs):
+    image = np.zeros((300, 400, 3), dtype=np.uint8)
+    cfg = load_cfg(str(configs / "quickstart.yaml"), [])
+    message = r"is 800 × 1067 pixels.*MODEL.VIT.IMG_SIZE and IMG_WIDTH, 112 × 112\. Make.*MAX_SIZE_TEST 112; or build"
+    with pytest.raises(ValueError, match=message):
+        DefaultPredictor(cfg)(image)
+    sizes = ["INPUT.MIN_SIZE_TEST", "112", "INPUT.MAX_SIZE_TEST", "112"]
+    predictor = DefaultPredictor(load_cfg(str(configs / "quickstart.yaml"), sizes))
+    assert predictor(image)["instances"].image_size == (300, 400)
+
+    with pytest.raises(ValueError, match="is 64 × 65 pixels"):
+        build(configs)(torch.zeros(1, 3, 64, 65))
+    with pytest.raises(ValueError, match=r"N = 16 tokens and got 64.*MODEL.VIT.IMG_SIZE"):
+        build(configs).net(torch.zeros(1, 3, 128, 128))
+
+
+@pytest.mark.parametrize(
+    "overrides", [{"ENABLED": False}, {"GLOBAL_BLOCKS": "softmax"}, {"GLOBAL_BLOCKS": "window"}], ids=str
+)
+def test_larger_images_are_seen_whole_where_nothing_fixes_the_size(configs, overrides):
+    backbone = build(configs, **overrides)
+    image = torch.zeros(1, 3, 80, 160)
+    image[..., :70, :150] = torch.randn(3, 70, 150)
+    features = backbone(image[..., :70, :150])
+    assert features["p4"].shape == (1, 16, 5, 10)
+    for level, feature in backbone(image).items():
+        assert torch.equal(features[level], feature)
+
+    values = TINY_DETECTOR | {f"MODEL.KARAT.{key}": value for key, value in overrides.items()}
+    values |= {"MODEL.VIT.IMG_SIZE": 64, "MODEL.VIT.WINDOW_SIZE": 2, "MODEL.ANCHOR_GENERATOR.SIZES": [[64], [128]]}
+    values |= {"MODEL.RPN.IN_FEATURES": ["p4", "p5"], "MODEL.ROI_HEADS.IN_FEATURES": ["p4", "p5"]}
+    model = build_model(
+        load_cfg(str(configs / "base_vitdet.yaml"), [str(part) for item in values.items() for part in item])
+    )
+    images = [torch.randint(256, (3, *size), dtype=torch.uint8) for size in ((100, 60), (70, 150))]
+    with torch.no_grad():
+        found = model.eval()([{"image": image} for image in images])
+    assert [result["instances"].image_size for result in found] == [(100, 60), (70, 150)]
 
 
 @pytest.mark.parametrize("choice", ["operator", "softmax", "window"])
@@ -220,7 +349,14 @@ TINY_DETECTOR = {
 @pytest.mark.parametrize("choice", ["operator", "softmax", "window"])
 @pytest.mark.parametrize(
     ("height", "width", "patch_size", "window_size"),
-    [(224, 224, 16, 7), (512, 512, 16, 8), (1024, 1024, 32, 8), (512, 1024, 16, 8), (1024, 512, 32, 16)],
+    [
+        (224, 224, 16, 7),
+        (512, 512, 16, 8),
+        (512, 512, 16, 14),
+        (1024, 1024, 32, 8),
+        (512, 1024, 16, 8),
+        (1024, 512, 32, 16),
+    ],
 )
 def test_a_detector_trains_and_predicts_at_any_size(configs, height, width, patch_size, window_size, choice):
     level = patch_size.bit_length() - 1
@@ -324,7 +460,6 @@ def test_sizes_of_vit_tiny_small_and_base(configs, embed_dim, num_heads, million
     ("overrides", "message"),
     [
         ({"IMG_SIZE": 72}, r"MODEL.VIT.IMG_SIZE is 72, which MODEL.VIT.PATCH_SIZE, 16, does not divide.*64 and 80"),
-        ({"IMG_SIZE": 80}, r"80 / 16 = 5 patches on a side, which MODEL.VIT.WINDOW_SIZE, 2, does not.*64 and 96"),
         ({"SHARING": "universal"}, r"KARAT.SHARING is universal, but N.*2 × 2 = 4 in window.*4 × 4 = 16 in global"),
         ({"RANK": 5}, r"MODEL.KARAT.RANK is 5, above N = 2 × 2 = 4.*from 1 to 4"),
         ({"GRID_SIZE": 0}, r"MODEL.KARAT.GRID_SIZE is 0. It must be a whole number, at least 1"),
@@ -334,7 +469,6 @@ def test_sizes_of_vit_tiny_small_and_base(configs, embed_dim, num_heads, million
         ({"NUM_HEADS": 5}, r"MODEL.VIT.NUM_HEADS, 5, does not divide"),
         ({"WINDOW_BLOCKS": [0, 7]}, r"MODEL.VIT.WINDOW_BLOCKS names \[7\].*0 to 3"),
         ({"IMG_WIDTH": 72}, r"MODEL.VIT.IMG_WIDTH is 72, which MODEL.VIT.PATCH_SIZE, 16, does not divide.*64 and 80"),
-        ({"IMG_WIDTH": 80}, r"MODEL.VIT.IMG_WIDTH / PATCH_SIZE is 80 / 16 = 5 patches on a side.*64 and 96"),
         ({"IMG_WIDTH": -64}, r"MODEL.VIT.IMG_WIDTH is -64. It must be at least 1, or 0 for a square"),
         ({"BLOCKS": [1, 4, -1]}, r"MODEL.KARAT.BLOCKS names \[4, -1\].*0 to 3"),
         ({"BLOCKS": [1, 3], "GLOBAL_BLOCKS": "softmax"}, r"none of MODEL.KARAT.BLOCKS, \[1, 3\], is among.*\[0, 2\]"),
@@ -355,12 +489,18 @@ def test_softmax_windows_may_be_padded_as_in_detectron2(configs):
 
 
 @pytest.mark.parametrize(
-    ("choice", "residual", "backend"),
+    ("choice", "residual", "window_size", "backend"),
     # Both trace as the compiler does and need no compiler; "aot_eager" traces the backward pass too.
-    [("operator", "none", "aot_eager"), ("softmax", "softmax", "eager"), ("window", "softmax", "eager")],
+    [
+        ("operator", "none", 2, "aot_eager"),
+        ("softmax", "softmax", 2, "eager"),
+        ("window", "softmax", 2, "eager"),
+        ("softmax", "none", 3, "eager"),  # some windows are padded
+    ],
 )
-def test_the_vit_compiles_without_a_graph_break_to_the_same_outputs(configs, choice, residual, backend):
-    net = build(configs, IMG_WIDTH=96, DEPTH=2, WINDOW_BLOCKS=[0], GLOBAL_BLOCKS=choice, RESIDUAL=residual).net
+def test_the_vit_compiles_without_a_graph_break_to_the_same_outputs(configs, choice, residual, window_size, backend):
+    values = {"GLOBAL_BLOCKS": choice, "RESIDUAL": residual, "WINDOW_SIZE": window_size}
+    net = build(configs, IMG_WIDTH=96, DEPTH=2, WINDOW_BLOCKS=[0], **values).net
     torch.compiler.reset()
     compiled = torch.compile(net, fullgraph=True, backend=backend)
     assert_same_outputs_and_gradients(net, compiled, torch.randn(2, 3, 64, 96))
