@@ -6,9 +6,10 @@ with N². Residual softmax comes from the same chunks. `by_rows` does as much fo
 """
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import lru_cache, partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -337,13 +338,22 @@ def _share_heads(work: "Callable[[_Chunks, slice], None]", query: Tensor, key: T
 
     inference = torch.is_inference_mode_enabled()
     try:
-        with ThreadPoolExecutor(workers) as pool:
-            others = [pool.submit(work_alone, other) for other in chunks[1:]]
+        others = [_threads(os.getpid(), num_threads - 1).submit(work_alone, other) for other in chunks[1:]]
+        try:
             work_alone(chunks[0])
-            for other in others:
-                other.result()
+        finally:
+            wait(others)
+        for other in others:
+            other.result()
     finally:
         torch.set_num_threads(num_threads)
+
+
+@lru_cache(maxsize=1)
+def _threads(process: int, number: int) -> ThreadPoolExecutor:
+    """Threads that stay. A new one waits for a core until those of the operator before have stopped spinning, which
+    was a tenth of all; a process that was forked has none of its parent's."""
+    return ThreadPoolExecutor(number, thread_name_prefix="karat_attention")
 
 
 class _Chunks:

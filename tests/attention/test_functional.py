@@ -1,4 +1,5 @@
 import itertools
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -144,8 +145,9 @@ def test_any_shape_gives_the_plain_sums_and_softmax_with_terms_of_a_grid(batch, 
 
 
 @pytest.fixture
-def threads():
-    """Sets the number of threads for one test."""
+def threads(monkeypatch):
+    """Sets the number of threads for one test, in which a few scores are enough for all of them."""
+    monkeypatch.setattr(functional, "_chunk_size", lambda device: 8)
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -186,6 +188,24 @@ def test_an_error_in_a_thread_is_not_lost_and_their_number_stays(threads):
     with pytest.raises(RuntimeError):
         fourier_sums(query, query, coefficients, 1.0)  # 6 keys, functions for 5
     assert torch.get_num_threads() == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="wants os.fork")
+def test_a_forked_process_starts_threads_of_its_own():
+    code = """
+import os
+import torch
+from karat_det.attention.functional import fourier_sums
+torch.set_num_threads(2)
+inputs = torch.rand(8, 4, 196, 16), torch.rand(8, 4, 196, 16), torch.rand(4, 2, 1, 196, 6), 0.1
+with torch.inference_mode():
+    expected = fourier_sums(*inputs)
+    child = os.fork()
+    if child == 0:
+        os._exit(int(not torch.equal(fourier_sums(*inputs), expected)))
+assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_query_and_key_may_be_views_of_one_projection():
