@@ -39,7 +39,7 @@ def main() -> None:
         "--seconds",
         type=float,
         default=45.0,
-        help="a comparison that takes longer has fewer turns, but one at least (default: %(default)g)",
+        help="a comparison that takes longer has fewer turns, but three at least (default: %(default)g)",
     )
     parser.add_argument("--threads", type=int, help="threads on the CPU (default: PyTorch's)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
