@@ -5,8 +5,10 @@ again in the backward pass. Both passes work in chunks that fit the processor's 
 with N². Residual softmax comes from the same chunks. `by_rows` does as much for any other function of rows.
 """
 
+import contextlib
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache, partial
@@ -190,7 +192,7 @@ def _fourier_sums(
     horizontal: Tensor | None,
     value: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sums, and with a value softmax(A) V and log Σ_q exp A_kq, of shape (B, heads, N); else these are empty."""
+    """The sums, and with a value softmax(A) V and log Σ_q exp A_kq, of shape (B, heads, N, 1); else these are empty."""
     # Heads come first here and below, since they have coefficients of their own. Scores and what is made of them have
     # the queries last: products with few units are then faster, and so is adding to the scores of a key.
     query, key, vertical, horizontal, value = _heads_first(query, key, vertical, horizontal, value)
@@ -317,10 +319,10 @@ def _fourier_sums_backward(
 
 
 def _share_heads(work: "Callable[[_Chunks, slice], None]", query: Tensor, key: Tensor, in_threads: bool = True) -> None:
-    """Calls `work` with chunks and some of the heads until all have had their turn, from threads of one thread each.
+    """Calls `work` with chunks and some of the heads until all have had their turn, from several threads on the CPU.
 
-    Were the operators of several threads, these would meet after each of some twenty for a chunk, and where another
-    process takes one of the cores for a moment, all would wait.
+    Were the operators of several threads instead, these would meet after each of some twenty for a chunk, and where
+    another process takes one of the cores for a moment, all would wait.
     """
     num_threads = torch.get_num_threads()
     workers = 1
@@ -328,32 +330,48 @@ def _share_heads(work: "Callable[[_Chunks, slice], None]", query: Tensor, key: T
         num_scores = query[..., 0].numel() * key.shape[2]
         workers = max(1, min(num_threads, len(query), math.ceil(num_scores / _chunk_size(query.device))))
     chunks = [_Chunks(query, key, workers) for _ in range(workers)]
-    all_heads = iter(chunks[0].heads())  # Each takes the next: one that was held up takes fewer.
+    # Each takes the next: one that was held up takes fewer. Of a list, since two threads may not advance a generator.
+    all_heads = iter(list(chunks[0].heads()))
+    inference = torch.is_inference_mode_enabled()
 
     def work_alone(chunks: _Chunks) -> None:
-        torch.set_num_threads(max(1, num_threads // workers))  # of this thread and of those that are yet to start
         with torch.inference_mode(inference), torch.no_grad():
             for heads in all_heads:
                 work(chunks, heads)
 
-    inference = torch.is_inference_mode_enabled()
-    try:
-        others = [_threads(os.getpid(), num_threads - 1).submit(work_alone, other) for other in chunks[1:]]
-        try:
-            work_alone(chunks[0])
-        finally:
-            wait(others)
-        for other in others:
-            other.result()
-    finally:
-        torch.set_num_threads(num_threads)
+    shares = []
+    if workers > 1:
+        # Python closes its thread pools before the last threads of a process end.
+        with contextlib.suppress(RuntimeError):
+            pool = _thread_pool(os.getpid(), workers, max(1, num_threads // workers))
+            shares = [pool.submit(work_alone, each) for each in chunks]
+    if not shares:
+        work_alone(chunks[0])
+    wait(shares)
+    for share in shares:
+        share.result()
 
 
-@lru_cache(maxsize=1)
-def _threads(process: int, number: int) -> ThreadPoolExecutor:
-    """Threads that stay. A new one waits for a core until those of the operator before have stopped spinning, which
-    was a tenth of all; a process that was forked has none of its parent's."""
-    return ThreadPoolExecutor(number, thread_name_prefix="karat_attention")
+@lru_cache(maxsize=8)
+def _thread_pool(process: int, workers: int, threads: int) -> ThreadPoolExecutor:
+    """Threads that stay, whose operators are of so many threads each.
+
+    Started anew for each pass they took a tenth of all, as they wait for a core until the threads of the operator before
+    have stopped spinning. A process that was forked has none of its parent's.
+    """
+    num_threads = torch.get_num_threads()
+    all_there = threading.Barrier(workers, timeout=60)
+
+    def start(_: int) -> None:
+        torch.set_num_threads(threads)
+        torch.get_num_threads()  # Settles it: a thread's first operator would else take the number of the process.
+        all_there.wait()
+
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="karat_attention")
+    list(pool.map(start, range(workers)))
+    # A thread has set it for those that are yet to start, too.
+    torch.set_num_threads(num_threads)
+    return pool
 
 
 class _Chunks:
@@ -520,8 +538,8 @@ def _(query, key, coefficients, scale, full, vertical, horizontal, value):
     sums = query.new_empty(num_heads, batch_size, coefficients.shape[-1], num_rows).transpose(0, 1).mT
     if value is None:
         return sums, query.new_empty(0, 0), query.new_empty(0, 0)
-    attended = query.new_empty(num_heads, batch_size, num_rows, value.shape[-1])
-    return sums, attended.transpose(0, 1), query.new_empty(attended.shape[:-1]).transpose(0, 1)
+    attended, log_totals = (query.new_empty(num_heads, batch_size, num_rows, width) for width in (value.shape[-1], 1))
+    return sums, attended.transpose(0, 1), log_totals.transpose(0, 1)
 
 
 @_fourier_sums_backward_operator.register_fake

@@ -54,11 +54,13 @@ class Split(NamedTuple):
         place: what a user knows it by.
         classes: names of the classes; a label is an index into them.
         samples: pairs of an image, or the path of one, and its label.
+        files: the paths of all images, where they are files.
     """
 
     place: str
     classes: list[str]
     samples: Sequence[tuple[Any, int]]
+    files: Sequence[str] = ()
 
 
 class LabelledImages(torch.utils.data.Dataset):
@@ -107,9 +109,7 @@ class LabelledImages(torch.utils.data.Dataset):
         Raises:
             ValueError: too many images cannot be read.
         """
-        for index, (path, _) in enumerate(self.split.samples):
-            if not isinstance(path, str):
-                return
+        for index, path in enumerate(self.split.files):
             try:
                 with unreadable_image_named(path), Image.open(path):
                     pass
@@ -255,7 +255,7 @@ def _load_folder_split(root: str, names: Sequence[str]) -> Split:
             f"{len(empty)} of the {len(images.classes)} class folders of {folder} hold no image: "
             f"{', '.join(empty[:5])}{', …' if len(empty) > 5 else ''}. Put images there, or remove the folders."
         )
-    return Split(str(folder), images.classes, images.samples)
+    return Split(str(folder), images.classes, images.samples, [path for path, _ in images.samples])
 
 
 def _load_torchvision(name: str, root: str) -> tuple[Split, Split]:

@@ -98,7 +98,8 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> DatasetMapper:
 
 class _Mapper(DatasetMapper):
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
-        with unreadable_image_named(dataset_dict["file_name"]):
+        # More than reading goes on inside: what else is wrong is not the image's fault.
+        with unreadable_image_named(dataset_dict["file_name"], _OF_READING):
             return super().__call__(dataset_dict)
 
     def _transform_annotations(
@@ -124,12 +125,21 @@ class _Mapper(DatasetMapper):
         dataset_dict["instances"] = instances
 
 
+# What Pillow raises for most of the files that it cannot read.
+_OF_READING = (OSError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
+
+
 @contextmanager
-def unreadable_image_named(file_name: str) -> Iterator[None]:
-    """Turns whatever Pillow raises for a missing, truncated or foreign file into an OSError that names it."""
+def unreadable_image_named(
+    file_name: str, errors: type[Exception] | tuple[type[Exception], ...] = Exception
+) -> Iterator[None]:
+    """Turns whatever Pillow raises for a missing, truncated or foreign file into an OSError that names it.
+
+    By default that is any error, since a broken header may be any: ValueError, TypeError, zlib.error and others.
+    """
     try:
         yield
-    except (OSError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
+    except errors as error:
         raise OSError(
             f"Cannot read the image {file_name}: {type(error).__name__}: {error}. "
             "Replace the file, or take it out of the dataset."

@@ -182,12 +182,67 @@ def test_heads_shared_among_threads_give_softmax_and_terms_of_a_grid(threads):
     assert_equal_with_gradients(sums_and_softmax, plain_sums_and_softmax, inputs)
 
 
+def test_threads_may_take_heads_at_the_same_moment(threads):
+    """With hundreds of heads and Python switching threads all the time."""
+    torch.manual_seed(0)
+    inputs = normal(1, 400, 3, 2), normal(1, 400, 3, 2), normal(400, 2, 1, 3, 2), 1.0
+    threads(2)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(5):
+            torch.testing.assert_close(fourier_sums(*inputs), plain_fourier_sums(*inputs))
+    finally:
+        sys.setswitchinterval(before)
+
+
+def test_attention_works_in_a_thread_that_outlives_the_main_one():
+    code = """
+import threading
+import time
+import torch
+from karat_det.attention.functional import fourier_sums
+torch.set_num_threads(2)
+
+def work():
+    threading.main_thread().join()
+    inputs = torch.rand(8, 4, 196, 16), torch.rand(8, 4, 196, 16), torch.rand(4, 2, 1, 196, 6), 0.1
+    print(fourier_sums(*inputs).shape)
+
+threading.Thread(target=work).start()
+"""
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60)
+    assert "torch.Size([8, 4, 196, 6])" in output.stdout and not output.stderr
+
+
 def test_an_error_in_a_thread_is_not_lost_and_their_number_stays(threads):
     threads(2)
     query, coefficients = normal(2, 3, 6, 4), normal(3, 2, 2, 5, 3)
     with pytest.raises(RuntimeError):
         fourier_sums(query, query, coefficients, 1.0)  # 6 keys, functions for 5
     assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("with_grid", [False, True])
+def test_operators_are_what_torch_compile_is_told_of_them(residual, with_grid):
+    torch.manual_seed(0)
+    query, key, value, coefficients = normal(2, 3, 6, 4), normal(2, 3, 6, 4), normal(2, 3, 6, 5), normal(3, 2, 2, 6, 3)
+    terms = (normal(2, 3, 6, 2), normal(2, 3, 6, 3)) if with_grid else (None, None)
+    inputs = (
+        query,
+        key,
+        coefficients,
+        0.7,
+        None if with_grid else normal(1, 3, 6, 6),
+        *terms,
+        value if residual else None,
+    )
+    tests = "test_schema", "test_faketensor"
+    torch.library.opcheck(functional._fourier_sums_operator, inputs, test_utils=tests)
+    sums, attended, log_totals = functional._fourier_sums(*inputs)
+    backward = torch.randn_like(sums), torch.randn_like(attended), *inputs, attended, log_totals, not with_grid
+    torch.library.opcheck(functional._fourier_sums_backward_operator, backward, test_utils=tests)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="wants os.fork")
