@@ -13,7 +13,7 @@ import karat_det  # noqa: F401  before Detectron2, whose imports warn of their o
 # isort: split
 from detectron2.utils.logger import setup_logger
 
-from karat_det.checkpoint.publishing import convert_file, write_card
+from karat_det.checkpoint.publishing import convert_file, find_run, write_card
 
 
 def main() -> None:
@@ -30,6 +30,8 @@ def main() -> None:
         parser.error("--commit and --notes are for the card of --publish.")
     setup_logger(name="karat_det")
     try:
+        if args.publish:
+            find_run(args.publish)
         checkpoint = convert_file(args.source, args.target)
         if args.publish:
             card = write_card(args.target, args.publish, checkpoint, commit=args.commit, notes=args.notes)

@@ -1,9 +1,9 @@
 """Pretrains a classifier, and shows what a detector gains by it: all that `make demo-pretrained` does once installed.
 
 Pretrains configs/pretrain/digits.yaml on crops of the embedded digits, then trains configs/quickstart.yaml twice for
-the same number of steps, from random weights and from the pretrained ones, these with a layer-wise decay of the learning
-rate as is usual for them, and prints box and mask AP of both. The classifier is trained on none of the digits that the
-detectors are evaluated on. What is finished is not done again.
+the same number of steps, from random weights and from the pretrained ones, both with the layer-wise decay of the rate
+that is usual for pretrained ones, and prints box and mask AP of both. The classifier is trained on none of the digits
+that the detectors are evaluated on. What is finished is not done again.
 
 Usage: python tools/demo_pretrained.py
 """
@@ -23,12 +23,13 @@ def main() -> None:
     run_step("Making the embedded dataset", "datasets/prepare_digits.py")
     run_training(f"Pretraining {PRETRAINING}", "tools/pretrain_net.py", PRETRAINING, CLASSIFIER)
     shorter = ("SOLVER.MAX_ITER", str(STEPS), "SOLVER.WARMUP_ITERS", "50", "SOLVER.CHECKPOINT_PERIOD", "100")
+    fine_tuning = ("SOLVER.LAYER_DECAY", "0.85")
     rows = {
         "random weights": (OUTPUT / "random", ()),
-        "pretrained": (OUTPUT / "pretrained", ("MODEL.WEIGHTS", WEIGHTS, "SOLVER.LAYER_DECAY", 0.85)),
+        "pretrained": (OUTPUT / "pretrained", ("MODEL.WEIGHTS", WEIGHTS)),
     }
     for folder, weights in rows.values():
-        train(CONFIG, folder, *shorter, *map(str, weights))
+        train(CONFIG, folder, *shorter, *fine_tuning, *map(str, weights))
 
     say(f"Done. COCO AP (the mean over IoU 0.50 to 0.95, in percent) on {DATASET} after {STEPS} steps:")
     print("      start            box AP  mask AP")

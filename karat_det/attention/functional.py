@@ -356,8 +356,8 @@ def _share_heads(work: "Callable[[_Chunks, slice], None]", query: Tensor, key: T
 def _thread_pool(process: int, workers: int, threads: int) -> ThreadPoolExecutor:
     """Threads that stay, whose operators are of so many threads each.
 
-    Started anew for each pass they took a tenth of all, as they wait for a core until the threads of the operator before
-    have stopped spinning. A process that was forked has none of its parent's.
+    Started anew for each pass they took a tenth of all, as they wait for a core until those of the operator before have
+    stopped spinning. A process that was forked has none of its parent's.
     """
     num_threads = torch.get_num_threads()
     all_there = threading.Barrier(workers, timeout=60)

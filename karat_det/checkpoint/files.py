@@ -12,7 +12,7 @@ import pickle
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,8 @@ def read_weights(path: str, *, averaged: bool = True) -> dict[str, Any]:
             admitted = [(builder, ".".join(name)) for name, builder in _ADMITTED.items()]
             with torch.serialization.safe_globals([argparse.Namespace, *admitted]):
                 loaded = torch.load(path, map_location="cpu", weights_only=True)
-        loaded = _as_tensors(loaded)
+        loaded = _as_tensors(loaded, {})
+        _check_beside(loaded)
     except OSError:
         raise
     except Exception as error:  # what a foreign file raises depends on its bytes
@@ -95,8 +96,12 @@ def _find_state(held: Any, containers: Sequence[str], levels: int = 2) -> tuple[
     """The first of the containers that has a state dict, "" if `held` is one, and that state dict; None if none has."""
     if not isinstance(held, dict):
         return "", None
-    if held and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in held.items()):
-        return "", held
+    # Beside tensors a state dict may have numbers, such as a count of batches, and words on its author.
+    if any(isinstance(value, Tensor) for value in held.values()) and all(
+        isinstance(key, str) and (value is None or isinstance(value, Tensor | int | float | str))
+        for key, value in held.items()
+    ):
+        return "", {key: torch.as_tensor(x) for key, x in held.items() if not (x is None or isinstance(x, str))}
     for key in containers if levels else ():
         _, state = _find_state(held.get(key), containers, levels - 1)
         if state is not None:
@@ -151,7 +156,11 @@ def write_weights(
             metadata = {"format": "pt", "token_grids": grids}
             if operator_config:
                 metadata["operator_config"] = json.dumps(dict(operator_config))
+            # Made here, since safetensors makes files that their owner alone may read.
+            Path(partial).touch()
+            mode = os.stat(partial).st_mode
             safetensors.torch.save_file(tensors, partial, metadata=metadata)
+            os.chmod(partial, mode)
         else:
             known = {"operator_config": dict(operator_config)} if operator_config else {}
             torch.save({"model": dict(state), "token_grids": dict(token_grids), **known}, partial)
@@ -294,13 +303,44 @@ class _ArrayUnpickler(pickle.Unpickler):
         return _ADMITTED[module, name]
 
 
-def _as_tensors(value: Any) -> Any:
-    """Puts tensors in the place of the arrays in plain containers."""
+def _as_tensors(value: Any, done: dict[int, tuple[Any, Any]]) -> Any:
+    """Puts tensors in the place of the arrays in plain containers.
+
+    Args:
+        value: what was read.
+        done: containers by their id, and what was made of them: one may be in many places, and even in itself.
+    """
     if isinstance(value, _Array):
         return value.tensor
+    if id(value) in done:
+        return done[id(value)][1]
     if isinstance(value, dict):
+        done[id(value)] = value, value
         for key, item in value.items():
-            value[key] = _as_tensors(item)
-    elif type(value) in (list, tuple):
-        return type(value)(map(_as_tensors, value))
+            value[key] = _as_tensors(item, done)
+    elif type(value) is list:
+        done[id(value)] = value, value
+        value[:] = [_as_tensors(item, done) for item in value]
+    elif type(value) is tuple:
+        made = tuple(_as_tensors(item, done) for item in value)
+        done[id(value)] = value, made
+        return made
     return value
+
+
+def _check_beside(loaded: Any) -> None:
+    """Raises ValueError unless what write_weights puts beside weights, if it is there, is of its form."""
+    if not isinstance(loaded, dict):
+        return
+    grids, config = loaded.get("token_grids", {}), loaded.get("operator_config", {})
+    are_grids = isinstance(grids, dict) and all(
+        isinstance(name, str)
+        and isinstance(grid, list | tuple)
+        and len(grid) in (2, 3)
+        and all(isinstance(size, int) and size >= 0 for size in grid)
+        for name, grid in grids.items()
+    )
+    if not are_grids:
+        raise ValueError(f"token_grids is {grids!r}")
+    if not isinstance(config, dict) or not all(isinstance(name, str) for name in config):
+        raise ValueError(f"operator_config is {config!r}")

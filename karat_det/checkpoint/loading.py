@@ -46,15 +46,24 @@ class SafeCheckpointer(DetectionCheckpointer):
             ViT or Swin in the file that lacks blocks of the model's.
         complete: whether any tensor that the file lacks stops it too. A run that resumes or evaluates wants that, one
             that starts from a pretrained backbone or from a classifier for other classes does not.
+        classes: names of a classifier's, where they are known: unless `complete`, a head for others is left out.
         checkpointables: further objects with a state dict, as for Detectron2's.
     """
 
     def __init__(
-        self, model: nn.Module, save_dir: str = "", *, strict: bool = True, complete: bool = False, **checkpointables
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        strict: bool = True,
+        complete: bool = False,
+        classes: list[str] | None = None,
+        **checkpointables,
     ):
         super().__init__(model, save_dir, **checkpointables)
         self.strict = strict
         self.complete = complete
+        self.classes = classes
         self.resumes = False
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
@@ -104,6 +113,14 @@ class SafeCheckpointer(DetectionCheckpointer):
             if os.path.exists(partial):
                 os.remove(partial)
 
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        """Detectron2's; a ValueError names the file."""
+        try:
+            return super().load(path, checkpointables)
+        except ValueError as error:
+            message = str(error)
+            raise ValueError(message if message.startswith(path) else f"{path}: {message}") from error
+
     def _load_file(self, filename: str) -> dict[str, Any]:
         checkpoint = read_weights(filename, averaged=not self.resumes)
         # Names are matched here by layout, and not by Detectron2's guess.
@@ -114,12 +131,16 @@ class SafeCheckpointer(DetectionCheckpointer):
         in_file = dict(checkpoint["model"])
         grids = checkpoint.pop("token_grids", {})
         different = self._different_settings(checkpoint.pop("operator_config", {}))
-        source, ignored, resampled, refused = "", {}, {}, {}
+        source, ignored, foreign, resampled, refused = "", {}, {}, {}, {}
         if not self.resumes:
             state, grids, source, ignored = convert_state(in_file, grids, self.model.state_dict().keys())
             resampled, refused = resample_state(state, self.model, grids)
             if not self.complete:
-                ignored |= _drop_foreign_head(state, self.model)
+                ignored |= _drop_foreign_head(state, self.model, checkpoint.get("classes"), self.classes)
+            if different and not self.strict:
+                own = tuple(f"{name}." for name in _operators(self.model))
+                foreign = _drop(state, [key for key in state if key.startswith(own)], "other functions, see below")
+                ignored |= foreign
             checkpoint["model"] = state
         incompatible = super()._load_model(checkpoint)
         misfits = {key for key, _, _ in incompatible.incorrect_shapes}
@@ -168,8 +189,8 @@ class SafeCheckpointer(DetectionCheckpointer):
                 f"No tensor of the file has a name and shape of the model's. Its names begin with "
                 f"{', '.join(names[:8])}." + ("" if source else f" Known layouts: {LAYOUTS}.")
             )
-        if self.complete and absent:
-            complaints.append(f"The file lacks {len(absent)} tensors of the model:\n{_by_module(absent)}")
+        if self.complete and (lacking := [key for key in absent if key not in foreign]):
+            complaints.append(f"The file lacks {len(lacking)} tensors of the model:\n{_by_module(lacking)}")
         unfit = []
         if misfits:
             rows = "\n".join(
@@ -212,13 +233,15 @@ class SafeCheckpointer(DetectionCheckpointer):
         ]
 
 
-def load_weights(model: nn.Module, path: str, *, strict: bool = True, complete: bool = True) -> dict[str, Any]:
+def load_weights(
+    model: nn.Module, path: str, *, strict: bool = True, complete: bool = True, classes: list[str] | None = None
+) -> dict[str, Any]:
     """Loads a weights file into a model.
 
     Args:
         model: the model.
         path: see `karat_det.checkpoint.files.read_weights`.
-        strict, complete: as for SafeCheckpointer.
+        strict, complete, classes: as for SafeCheckpointer.
 
     Returns:
         What else the file holds.
@@ -228,7 +251,7 @@ def load_weights(model: nn.Module, path: str, *, strict: bool = True, complete: 
         ValueError: it cannot be read, or does not fit the model.
     """
     check_weights_file(path)
-    return SafeCheckpointer(model, strict=strict, complete=complete).load(path)
+    return SafeCheckpointer(model, strict=strict, complete=complete, classes=classes).load(path)
 
 
 def check_weights_file(path: str, key: str = "MODEL.WEIGHTS") -> None:
@@ -239,14 +262,31 @@ def check_weights_file(path: str, key: str = "MODEL.WEIGHTS") -> None:
         raise FileNotFoundError(f"{key} is {path!r}, but there is no such file ({os.path.abspath(path)}). Name one.")
 
 
-def _drop_foreign_head(state: dict[str, Tensor], model: nn.Module) -> dict[str, str]:
-    """Takes the head of a classifier for another number of classes out of a state dict. Returns its keys, and why."""
-    ours = {key: tensor.shape for key, tensor in model.state_dict().items() if HEAD.fullmatch(key)}
-    return {
-        key: f"the classifier's head, for {len(state.pop(key))} classes where the model has {shape[0]}"
-        for key, shape in ours.items()
-        if key in state and state[key].shape[1:] == shape[1:] and len(state[key]) != shape[0]
-    }
+def _drop_foreign_head(
+    state: dict[str, Tensor], model: nn.Module, theirs: list[str] | None, ours: list[str] | None
+) -> dict[str, str]:
+    """Takes the head of a classifier for other classes out of a state dict. Returns its keys, and why.
+
+    Classes are others where the file and the data name them differently, or have not the same number of them.
+    """
+    renamed = theirs is not None and ours is not None and theirs != ours
+    dropped = {}
+    for key, tensor in model.state_dict().items():
+        if not HEAD.fullmatch(key) or key not in state or state[key].shape[1:] != tensor.shape[1:]:
+            continue
+        if len(state[key]) != len(tensor):
+            reason = f"the classifier's head, for {len(state[key])} classes where the model has {len(tensor)}"
+            dropped |= _drop(state, [key], reason)
+        elif renamed:
+            dropped |= _drop(state, [key], "the classifier's head, for other classes than those of the data")
+    return dropped
+
+
+def _drop(state: dict[str, Tensor], keys: Iterable[str], reason: str) -> dict[str, str]:
+    """Takes keys out of a state dict. Returns them, and why."""
+    for key in keys:
+        del state[key]
+    return dict.fromkeys(keys, reason)
 
 
 def _lacking_parts(model: nn.Module, loaded: Collection[str], absent: Collection[str]) -> str:

@@ -74,10 +74,7 @@ def write_card(weights: str, run: str, checkpoint: dict[str, Any], *, commit: st
         FileNotFoundError: the run has no config.yaml or metrics.json.
         ValueError: they cannot be read, or hold no evaluation.
     """
-    config_file, metrics_file = (Path(run) / name for name in ("config.yaml", "metrics.json"))
-    for path in (config_file, metrics_file):
-        if not path.is_file():
-            raise FileNotFoundError(f"--publish {run}: there is no {path}. Name the OUTPUT_DIR of a run.")
+    config_file, metrics_file = find_run(run)
     config = config_file.read_text(encoding="utf-8")
     try:
         values = yaml.safe_load(config)
@@ -112,6 +109,15 @@ def write_card(weights: str, run: str, checkpoint: dict[str, Any], *, commit: st
     ]
     card.write_text("\n\n".join(text) + "\n", encoding="utf-8")
     return str(card)
+
+
+def find_run(run: str) -> tuple[Path, Path]:
+    """Paths of config.yaml and metrics.json in the OUTPUT_DIR of a run. FileNotFoundError where one is not there."""
+    paths = Path(run) / "config.yaml", Path(run) / "metrics.json"
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"--publish {run}: there is no {path}. Name the OUTPUT_DIR of a run.")
+    return paths
 
 
 def _figures(metrics_file: Path, checkpoint: dict[str, Any]) -> tuple[int, dict[str, float]]:

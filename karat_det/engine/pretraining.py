@@ -106,7 +106,8 @@ class Pretrainer(TrainerBase):
         optimizer = build_optimizer(cfg, self.model)
         resumes = resume and SafeCheckpointer(None, cfg.OUTPUT_DIR).has_checkpoint()
         if init_from and not resumes:
-            load_weights(self.model, init_from, strict=cfg.MODEL.WEIGHTS_STRICT, complete=False)
+            strict = cfg.MODEL.WEIGHTS_STRICT
+            load_weights(self.model, init_from, strict=strict, complete=False, classes=self.classes)
         on_cpu = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
         in_parallel = create_ddp_model(WithLoss(self.model, cfg), broadcast_buffers=False, **on_cpu)
         # Made after the processes have been brought to the same weights.
@@ -169,10 +170,11 @@ class Pretrainer(TrainerBase):
         saved = self.checkpointer.resume_or_load("", resume=True)
         _check_classes(f"The run in OUTPUT_DIR, {self.cfg.OUTPUT_DIR},", saved["classes"], self.classes)
         self.start_iter = self.iter + 1
-        if self.start_iter % self.epoch_length:
+        if self.start_iter != saved["epoch"] * self.epoch_length:
             raise ValueError(
-                f"The run in OUTPUT_DIR, {self.cfg.OUTPUT_DIR}, was saved after {self.start_iter} steps, which are no "
-                f"whole epochs of {self.epoch_length} steps. Resume it with its data and its SOLVER.IMS_PER_BATCH."
+                f"The run in OUTPUT_DIR, {self.cfg.OUTPUT_DIR}, was saved after {self.start_iter} steps, which are not "
+                f"its {saved['epoch']} epochs of {self.epoch_length} steps. Resume it with its data and its "
+                "SOLVER.IMS_PER_BATCH."
             )
         if self.ema and not saved["averages"]:
             raise ValueError(
@@ -430,7 +432,10 @@ def _posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
 def _check_classes(what: str, theirs: list[str], ours: list[str]) -> None:
     """Raises ValueError where the classes are others, or in another order: a label would mean another class."""
     if len(theirs) != len(ours):
-        raise ValueError(f"{what} was trained on {len(theirs)} classes, and the data has {len(ours)}.")
+        raise ValueError(
+            f"{what} was trained on {len(theirs)} classes, and the data has {len(ours)}. Name the data that it was "
+            "trained on (--data, DATA.NAME)."
+        )
     different = [(label, *names) for label, names in enumerate(zip(theirs, ours, strict=True)) if len(set(names)) > 1]
     if different:
         raise ValueError(

@@ -281,3 +281,36 @@ def test_a_file_without_a_state_dict_says_what_it_holds(tmp_path):
         torch.save(content, tmp_path / "w.pth")
         with pytest.raises(ValueError, match=rf"neither bare nor under .* but {held}\."):
             read_weights(str(tmp_path / "w.pth"))
+
+
+def test_numbers_and_words_may_lie_beside_tensors(tmp_path):
+    torch.save({"model": {"a": torch.ones(2), "count": 3, "note": "by hand", "none": None}}, tmp_path / "w.pth")
+    state = read_weights(str(tmp_path / "w.pth"))["model"]
+    assert set(state) == {"a", "count"} and state["count"] == 3
+
+
+def test_a_container_in_many_places_is_read_once(tmp_path):
+    """Each level in twice the places of the one before: a file of some hundred bytes, and 2⁶⁰ places."""
+    value = (np.ones(2),)
+    for _ in range(60):
+        value = (value, value)
+    (tmp_path / "w.pkl").write_bytes(pickle.dumps({"model": {"a": np.ones(3)}, "nested": value}))
+    loaded = read_weights(str(tmp_path / "w.pkl"))
+    assert torch.equal(loaded["model"]["a"], torch.ones(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [{"token_grids": 3}, {"token_grids": {"a": [1]}}, {"operator_config": [1]}, {"operator_config": {1: 2}}],
+)
+def test_what_lies_beside_weights_must_be_of_its_form(tmp_path, beside):
+    torch.save({"model": {"a": torch.ones(2)}, **beside}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=rf"w\.pth is no weights file.*{next(iter(beside))} is"):
+        read_weights(str(tmp_path / "w.pth"))
+
+
+def test_others_may_read_safetensors_as_they_may_torchs_files(tmp_path):
+    for name in ("w.pth", "w.safetensors"):
+        write_weights(str(tmp_path / name), {"a": torch.ones(2)}, {})
+    modes = {path.name: path.stat().st_mode for path in tmp_path.iterdir()}
+    assert modes["w.safetensors"] == modes["w.pth"]

@@ -182,7 +182,12 @@ def test_operators_that_are_other_functions_of_the_same_tensors_stop_the_run(tmp
     key, ours = next(iter(fields.items()))
     with pytest.raises(ValueError, match=rf"MODEL\.KARAT\.{key.upper()}: .* in the file, {ours} in the model"):
         load_weights(model(**basis | fields), path)
-    load_weights(model(**basis | fields), path, strict=False)
+    other = model(**basis | fields)
+    before = {key: tensor.clone() for key, tensor in other.attn.operator.state_dict().items()}
+    load_weights(other, path, strict=False)
+    for key, tensor in other.attn.operator.state_dict().items():
+        assert torch.equal(tensor, before[key]), "functions of another operator were taken over"
+    assert torch.equal(other.attn.qkv.weight, read_weights(path)["model"]["attn.qkv.weight"])
 
 
 def test_splines_of_as_many_coefficients_but_other_intervals_stop_the_run(tmp_path):
@@ -202,3 +207,21 @@ def test_splines_of_as_many_coefficients_but_other_intervals_stop_the_run(tmp_pa
     # Of other functions these fields say nothing.
     SafeCheckpointer(model(spline_order=3), str(tmp_path)).save("w")
     load_weights(model(spline_order=2, spline_range=2.0), path)
+
+
+def test_what_does_not_fit_names_the_file(tmp_path):
+    torch.save({"model": {"a.weight": torch.ones(2)}}, tmp_path / "foreign.pth")
+    with pytest.raises(ValueError, match=r"foreign\.pth: The weights do not fit"):
+        load_weights(nn.Linear(2, 2), str(tmp_path / "foreign.pth"))
+
+
+def test_a_head_for_other_classes_of_the_same_number_is_left_out(tmp_path):
+    torch.manual_seed(0)
+    file, model = (nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Linear(2, 3)}) for _ in range(2))
+    torch.save({"model": file.state_dict(), "classes": ["a", "b", "c"]}, tmp_path / "w.pth")
+    before = model.head.weight.clone()
+    load_weights(model, str(tmp_path / "w.pth"), complete=False, classes=["a", "c", "b"])
+    assert torch.equal(model.head.weight, before)
+    assert torch.equal(model.body.weight, file.body.weight)
+    load_weights(model, str(tmp_path / "w.pth"), complete=False, classes=["a", "b", "c"])
+    assert torch.equal(model.head.weight, file.head.weight)

@@ -1,7 +1,9 @@
+import io
 import pickle
 import struct
 import sys
 import types
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -168,6 +170,34 @@ def test_a_row_without_an_image_is_a_broken_one(caplog):
     images = LabelledImages(Split("the table", ["a"], samples), is_train=False)
     assert images[5][1] == NO_LABEL
     assert "Skipped, 1 of at most 1: Number 5 of the table has no image." in caplog.text
+
+
+class _Lazy(Sequence):
+    """Decodes as it is read, as a Hugging Face dataset does; the first cannot be."""
+
+    def __len__(self):
+        return 1000
+
+    def __getitem__(self, index):
+        return Image.new("RGB", (8, 8)) if index else Image.open(io.BytesIO(b"nothing")), 0
+
+
+def test_the_first_of_images_that_decode_as_they_are_read_may_be_broken(caplog):
+    images = LabelledImages(Split("the table", ["a"], _Lazy()), is_train=False)
+    images.open_all()
+    assert images[0][1] == NO_LABEL and images[1][1] == 0
+    assert "Skipped, 1 of at most 1: Cannot read the image number 0 of the table" in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"P6\n4 x\n255\n", b"P6\n99999999999999 1\n255\n", b"P6\n4 4\n255\n.."])
+def test_whatever_pillow_raises_is_a_broken_image(tree_of_2000, caplog, content):
+    """For these ValueErrors, not OSErrors."""
+    (tree_of_2000 / "train/a/4.png").unlink()
+    (tree_of_2000 / "train/a/4.ppm").write_bytes(content)
+    train, _ = build_datasets(config(tree_of_2000))
+    index = [path for path, _ in train.split.samples].index(str(tree_of_2000 / "train/a/4.ppm"))
+    assert train[index][1] in (0, 1)
+    assert len(caplog.records) == 1 and "a/4.ppm" in caplog.text
 
 
 @settings(max_examples=30, deadline=None)

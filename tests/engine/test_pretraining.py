@@ -201,8 +201,9 @@ def test_weights_that_do_not_fit_are_refused(make_cfg, tmp_path):
         keys = {"MODEL.NAME": "swin_tiny_patch4_window7_224", "MODEL.IMG_SIZE": 224, "MODEL.PATCH_SIZE": 4}
         keys |= {f"MODEL.{key}": None for key in ("EMBED_DIM", "DEPTH", "NUM_HEADS")} | {"MODEL.KARAT.ENABLED": False}
         Pretrainer(make_cfg(**keys, OUTPUT_DIR=tmp_path / "other"), init_from=best)
-    with pytest.raises(ValueError, match=r"saved after 6 steps, which are no whole epochs of 4 steps"):
-        Pretrainer(make_cfg(**{"SOLVER.IMS_PER_BATCH": 2}), resume=True)
+    for batch_size, steps in ((2, 4), (8, 1)):
+        with pytest.raises(ValueError, match=rf"saved after 6 steps, which are not its 3 epochs of {steps} steps"):
+            Pretrainer(make_cfg(**{"SOLVER.IMS_PER_BATCH": batch_size}), resume=True)
     no_average = make_cfg(**{"SOLVER.EMA_DECAY": 0.0, "OUTPUT_DIR": tmp_path / "plain"})
     train(no_average)
     assert "model_ema" not in saved(no_average)
