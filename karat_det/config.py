@@ -153,12 +153,16 @@ def _add_pretraining(cfg: CfgNode) -> None:
     cfg.DATA = CN()
     # "folder": images in train/<class>/ and val/<class>/. "huggingface": what datasets.DatasetDict.save_to_disk wrote.
     # "digits": crops of the embedded digits, made where they are missing. Or the name of a dataset of torchvision that
-    # is on the disk: "CIFAR10", "CIFAR100", "Flowers102", "STL10", "SVHN".
+    # is on the disk, such as "CIFAR10"; datasets/README.md lists them.
     cfg.DATA.NAME = "folder"
     # The folder that holds it, which --data names.
     cfg.DATA.ROOT = ""
     # How many classes it must have; 0 takes as many as there are.
     cfg.DATA.NUM_CLASSES = 0
+    # Mean and deviation of red, green and blue, of values from 0 to 1: ImageNet's. The ViTs that timm has from Google
+    # (augreg) want 0.5 of all.
+    cfg.DATA.MEAN = (0.485, 0.456, 0.406)
+    cfg.DATA.STD = (0.229, 0.224, 0.225)
     # Columns of a Hugging Face dataset.
     cfg.DATA.IMAGE_COLUMN = "image"
     cfg.DATA.LABEL_COLUMN = "label"

@@ -97,6 +97,8 @@ def image_records(paths: Sequence[str]) -> list[dict[str, Any]]:
     """
     files: dict[str, None] = {}
     for path in paths:
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"There is no image or folder {path} (--input). Name one that is there.")
         if not os.path.isdir(path):
             _read(path)
             files[os.path.realpath(path)] = None

@@ -137,10 +137,8 @@ def run_study(study: Study, output_dir: str | Path, jobs: int) -> str:
 
     def train(job: int, variant: str, start: str, seed: int) -> dict[str, Any]:
         settings = study.settings | study.variants[variant] | {"SEED": seed}
-        if start in weights:
-            settings["MODEL.WEIGHTS"] = str(weights[start].result())
         folder = output_dir / _folder_name(start) / _folder_name(variant) / f"seed_{seed}"
-        result = _train(study, settings, folder, job)
+        result = _train(study, settings, folder, job, weights[start].result() if start in weights else None)
         logger.info("%s, from %s, seed %d: mask AP %.1f", variant, start, seed, result["segm/AP"])
         return {"variant": variant, "start": start, "seed": seed, **result}
 
@@ -250,13 +248,14 @@ def _plot(study: Study, values: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def _train(study: Study, settings: Settings, folder: Path, job: int) -> dict[str, float]:
+def _train(study: Study, settings: Settings, folder: Path, job: int, weights: Path | None = None) -> dict[str, float]:
     """Trains one run to its end, unless it has a result, and returns its AP."""
-    result, settings_file = folder / "result.json", folder / "settings.json"
-    told = json.dumps(settings, indent=1) + "\n"
+    result, settings_file = folder / "result.json", folder / "settings.yaml"
+    # The whole config, since CONFIG may change too. Without the start's weights, whose path depends on --output's.
+    told = load_cfg(str(study.config), _words(settings)).dump()
     if settings_file.is_file() and settings_file.read_text(encoding="utf-8") != told:
         raise RuntimeError(
-            f"{folder} holds a run with other settings, see settings.json there. Remove the folder, or name another "
+            f"{folder} holds a run with other settings, see settings.yaml there. Remove the folder, or name another "
             "--output."
         )
     folder.mkdir(parents=True, exist_ok=True)
@@ -269,12 +268,13 @@ def _train(study: Study, settings: Settings, folder: Path, job: int) -> dict[str
         environment["CUDA_VISIBLE_DEVICES"] = str(job % torch.cuda.device_count())
     else:
         environment.setdefault("OMP_NUM_THREADS", "1")
+    own = {"OUTPUT_DIR": str(folder)} | ({"MODEL.WEIGHTS": str(weights)} if weights else {})
     logger.info("Training %s", folder)
     console_file = folder / "console.txt"
     said_before = console_file.stat().st_size if console_file.is_file() else 0
     with open(console_file, "a", encoding="utf-8") as console:
         status = subprocess.run(
-            [*command, *_words(settings | {"OUTPUT_DIR": str(folder)})], stdout=console, stderr=console, env=environment
+            [*command, *_words(settings | own)], stdout=console, stderr=console, env=environment
         ).returncode
     if status == 0:
         figures = _last_evaluation(folder / "metrics.json")

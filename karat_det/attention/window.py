@@ -23,7 +23,8 @@ class KArAtPaddedWindowAttention(KArAtAttention):
     It is made of KArAtAttention's arguments, input_size being (M, M).
 
     Attributes:
-        map_size: (H, W) of the feature map, in tokens, without padding; to be set before `forward`.
+        map_size: (H, W) of the feature map, in tokens, without padding; to be set before `forward`. None: no window
+            has padding.
     """
 
     map_size: tuple[int, int] | None = None
@@ -36,6 +37,8 @@ class KArAtPaddedWindowAttention(KArAtAttention):
         Returns:
             A tensor of the shape of x.
         """
+        if self.map_size is None:
+            return super().forward(x)
         return attend_by_regions(super().forward, x, self.map_size, self.input_size[0])
 
 
@@ -49,7 +52,8 @@ class KArAtWindowAttention(nn.Module):
         config: see KArAtConfig.
 
     Attributes:
-        map_size: (H, W) of the feature map, in tokens, without padding; to be set before `forward`.
+        map_size: (H, W) of the feature map, in tokens, without padding; to be set before `forward`. None: no window
+            has padding, and `forward` goes by its mask.
     """
 
     def __init__(self, softmax: nn.Module, shift_size: int, config: KArAtConfig):
@@ -71,7 +75,8 @@ class KArAtWindowAttention(nn.Module):
         """
         Args:
             x: tokens of the windows, (B · windows, N, C).
-            mask: that for the shift, which knows nothing of padding. It is there since blocks pass it, and not read.
+            mask: for the windows of an image, (windows, N, N), 0 where a query sees a key, as Swin's blocks pass it. It
+                knows nothing of padding: where map_size is known, it is not read.
 
         Returns:
             A tensor of the shape of x.
@@ -83,6 +88,9 @@ class KArAtWindowAttention(nn.Module):
             attended = self.operator.attend(query, key, value, bias, self.scale, mask)
             return attended.transpose(1, 2).flatten(2)
 
+        if self.map_size is None:
+            visible = None if mask is None else (mask == 0).repeat(len(x) // len(mask), 1, 1).unsqueeze(1)
+            return self.proj(attend(self.qkv(x), visible))
         windows = attend_by_regions(attend, self.qkv(x), self.map_size, self.window_size[0], self.shift_size)
         return self.proj(windows)
 

@@ -78,9 +78,9 @@ def _replace_attention(net: SwinTransformer, cfg: CfgNode) -> None:
     swin = cfg.MODEL.SWIN
     if config.sharing == "universal":
         raise ValueError(
-            f"MODEL.KARAT.SHARING is universal, but the stages of Swin differ in their number of heads, "
-            f"{swin.NUM_HEADS} (MODEL.SWIN.NUM_HEADS), and an operator has functions for each head. Set "
-            "MODEL.KARAT.SHARING blockwise."
+            f"MODEL.KARAT.SHARING is universal, but the operators of Swin are blockwise only: they have functions for "
+            f"each head and each of N tokens, and stages differ in these, here in {swin.NUM_HEADS} heads "
+            "(MODEL.SWIN.NUM_HEADS). Set MODEL.KARAT.SHARING blockwise."
         )
     num_tokens = swin.WINDOW_SIZE**2
     if config.rank is not None and config.rank > num_tokens:

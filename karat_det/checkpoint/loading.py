@@ -257,7 +257,9 @@ def load_weights(
 def check_weights_file(path: str, key: str = "MODEL.WEIGHTS") -> None:
     """Raises FileNotFoundError, naming `key`, unless `path` is a file; addresses with a scheme are PathManager's."""
     if not path:
-        raise FileNotFoundError(f"{key} names no weights file, and this needs one.")
+        raise FileNotFoundError(
+            f"{key} names no weights file, and this needs one: for example model_best.pth in the OUTPUT_DIR of a run."
+        )
     if not urlparse(path).scheme and not os.path.isfile(path):
         raise FileNotFoundError(f"{key} is {path!r}, but there is no such file ({os.path.abspath(path)}). Name one.")
 

@@ -116,6 +116,23 @@ class LabelledImages(torch.utils.data.Dataset):
             except OSError as error:
                 self._count(index, error)
 
+    def merge_broken(self, of_processes: Sequence[torch.Tensor]) -> None:
+        """Takes over which images were broken in any process.
+
+        Args:
+            of_processes: `broken` of each.
+
+        Raises:
+            ValueError: together they are too many.
+        """
+        self.broken |= torch.stack(list(of_processes)).any(dim=0)
+        count, total = int(self.broken.sum()), len(self.broken)
+        if count * BROKEN_IN > total:
+            raise ValueError(
+                f"{count} of the {total} images of {self.split.place} are broken, and no more than 1 in {BROKEN_IN} "
+                "may be skipped. The logs of the processes name them. Replace or remove the files."
+            )
+
     def _read(self, index: int) -> tuple[Image.Image | None, int]:
         if self.broken[index]:
             return None, NO_LABEL

@@ -93,6 +93,7 @@ class Pretrainer(TrainerBase):
         # One seed then starts all processes alike, whatever was drawn before.
         random_seed(cfg.SEED)
         self.model = build_classifier(cfg, len(train.split.classes)).to(cfg.MODEL.DEVICE)
+        self.images = train, val
         self.classes = train.split.classes
         self.loader = build_train_loader(cfg, self.model, train)
         self.val_loader = build_val_loader(cfg, self.model, val)
@@ -415,6 +416,8 @@ class _AfterEpoch(HookBase):
             if self.figures[METRIC] > self.best:
                 self.best = self.figures[METRIC]
                 trainer.save(BEST, self.figures)
+        for images in trainer.images:
+            images.merge_broken(comm.all_gather(images.broken))
         trainer.save(LAST, self.figures)
 
     def state_dict(self) -> dict[str, Any]:
@@ -451,6 +454,8 @@ def _mixes(cfg: CfgNode) -> bool:
 def _common_to_loaders(cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
     return {
         "input_size": (3, *model.patch_embed.img_size),
+        "mean": tuple(cfg.DATA.MEAN),
+        "std": tuple(cfg.DATA.STD),
         "num_workers": cfg.DATALOADER.NUM_WORKERS,
         # Workers that outlive an epoch would go on with their own random numbers, which no checkpoint has.
         "persistent_workers": False,
@@ -507,6 +512,13 @@ def _check(cfg: CfgNode) -> None:
             raise ValueError(f"{key} is {value}. It must be from 0 to {'1' if may_be_1 else 'below 1'}.")
     if not cfg.TEST.CROP_RATIO:
         raise ValueError("TEST.CROP_RATIO is 0. It must be above 0 and at most 1.")
+    for key in ("MEAN", "STD"):
+        values = tuple(cfg.DATA[key])
+        if len(values) != 3 or (key == "STD" and min(values) <= 0):
+            raise ValueError(
+                f"DATA.{key} is {values}. It must have a number for each of red, green and blue, of values from 0 to 1"
+                f"{', above 0' if key == 'STD' else ''}."
+            )
     for key in ("SCALE", "RATIO"):
         bounds = tuple(aug[key])
         if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]:

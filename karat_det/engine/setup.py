@@ -227,5 +227,8 @@ def _keys(cfg: CfgNode, prefix: str = ""):
 
 
 def _unknown(key: str, known: list[str]) -> str:
+    name, sign, value = key.partition("=")
+    if sign and name in known:
+        return f"There is no key {key}. Key and value are two words here: {name} {value!r}."
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
     return f"There is no key {key}." + (f" Did you mean {near[0]}?" if near else "")

@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+from detectron2.modeling.backbone.swin import WindowAttention
 from hypothesis import given
 from hypothesis import strategies as st
 
-from karat_det.attention.window import attend_by_regions, window_regions
+from karat_det.attention import KArAtConfig
+from karat_det.attention.window import KArAtWindowAttention, attend_by_regions, window_regions
 
 
 @given(height=st.integers(1, 11), width=st.integers(1, 11), window=st.integers(2, 5), is_shifted=st.booleans())
@@ -52,3 +54,21 @@ def test_windows_are_attended_in_their_order_and_only_divided_ones_with_a_mask(h
     found = attend_by_regions(sums, x.flatten(0, 1), (height, width), window, shift)
     seen = regions[:, :, None] == regions[:, None, :]
     torch.testing.assert_close(found, (seen.to(x.dtype) @ x).flatten(0, 1))
+
+
+def test_windows_of_an_unknown_map_go_by_the_mask_of_the_shift():
+    """Called alone, with the mask of Detectron2's and timm's blocks: a masked pair contributes nothing."""
+    torch.manual_seed(0)
+    softmax = WindowAttention(8, (2, 2), 2)
+    attention = KArAtWindowAttention(softmax, 1, KArAtConfig(rank=3, sharing="blockwise"))
+    x = torch.randn(2 * 3, 4, 8)  # three windows of two images
+    assert attention(x).shape == x.shape
+    mask = torch.zeros(3, 4, 4)
+    mask[1, :2, 2:] = mask[1, 2:, :2] = -100.0
+    changed = x.clone()
+    changed[1::3, 2:] += 1
+    before, after = attention(x, mask), attention(changed, mask)
+    torch.testing.assert_close(after[1::3, :2], before[1::3, :2], rtol=0, atol=0)
+    assert not torch.equal(after[1::3, 2:], before[1::3, 2:])
+    assert not torch.equal(attention(changed)[1::3, :2], attention(x)[1::3, :2])
+    torch.testing.assert_close(before[::3], attention(x)[::3])

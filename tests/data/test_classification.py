@@ -158,6 +158,18 @@ def test_broken_images_are_counted_across_the_loaders_processes(tree_of_2000):
         list(loader)
 
 
+def test_broken_images_are_counted_across_processes():
+    """Each of two has met one of 1000, which it alone may skip."""
+    samples = [("nowhere.png", 0)] * 2 + [(Image.new("L", (3, 3)), 1)] * 998
+    first, second = (LabelledImages(Split("here", ["a", "b"], samples), is_train=True) for _ in range(2))
+    first.merge_broken([first.broken, second.broken])
+    first._read(0)
+    first.merge_broken([first.broken, second.broken])
+    second._read(1)
+    with pytest.raises(ValueError, match="2 of the 1000 images of here are broken, and no more than 1 in 1000"):
+        first.merge_broken([first.broken, second.broken])
+
+
 def test_a_broken_image_to_validate_on_has_no_label():
     samples = [("nowhere.png", 0)] + [(Image.new("L", (3, 3)), 1)] * 1999
     images = LabelledImages(Split("here", ["a", "b"], samples), is_train=False)

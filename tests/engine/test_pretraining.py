@@ -289,6 +289,8 @@ def test_top_1_and_top_5_count_each_image_once():
         ({"SOLVER.EMA_DECAY": 1.0}, r"SOLVER\.EMA_DECAY is 1\.0\. It must be from 0 to below 1"),
         ({"SOLVER.BASE_LR": 0.0}, r"SOLVER\.BASE_LR is 0\.0\. It must be above 0"),
         ({"AUG.MIX_PROB": 1.5}, r"AUG\.MIX_PROB is 1\.5\. It must be from 0 to 1"),
+        ({"DATA.MEAN": "(0.5, 0.5)"}, r"DATA\.MEAN is \(0\.5, 0\.5\)\. It must have a number for each of red, green"),
+        ({"DATA.STD": "(0.5, 0.5, 0.0)"}, r"DATA\.STD is .* from 0 to 1, above 0\."),
         ({"AUG.SCALE": "(1.0, 0.5)"}, r"AUG\.SCALE is \(1\.0, 0\.5\)\. It must be \(smallest, largest\)"),
         ({"AUG.RAND_AUGMENT": "m9"}, r"AUG\.RAND_AUGMENT is 'm9'"),
         ({"AUG.RAND_AUGMENT": "rand-x9"}, r"AUG\.RAND_AUGMENT is 'rand-x9'.*Unknown RandAugment config section"),

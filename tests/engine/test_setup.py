@@ -53,6 +53,7 @@ def test_the_six_rows_of_the_papers_detection_table(configs, variant, start):
 @pytest.mark.parametrize(
     ("opts", "message"),
     [
+        (["SOLVER.STEPS=(1,2)", "x"], r"There is no key SOLVER.STEPS=\(1,2\). Key and value are two words here"),
         (["MODEL.KARAT.GRIDSIZE", "3"], r"There is no key MODEL.KARAT.GRIDSIZE. Did you mean MODEL.KARAT.GRID_SIZE"),
         (["MODEL.KARAT", "3"], "There is no key MODEL.KARAT"),
         (["SOLVER.MAX_ITER"], "pairs KEY VALUE; these are 1 words"),

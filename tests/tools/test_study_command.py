@@ -41,8 +41,8 @@ def study(tmp_path_factory):
     return folder
 
 
-def run(folder, study="study.yaml"):
-    command = [sys.executable, str(ROOT / "tools" / "study.py"), "--study", study, "--output", "out", "--jobs", "2"]
+def run(folder, study="study.yaml", output="out"):
+    command = [sys.executable, str(ROOT / "tools" / "study.py"), "--study", study, "--output", output, "--jobs", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DETECTRON2_DATASETS": str(folder)}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -63,7 +63,8 @@ def test_it_trains_every_run_once_and_ends_with_a_table_and_a_plot(study):
     assert "backbone.pth" in console
     assert not list((study / "out").rglob("model_0*.pth"))
 
-    again = run(study)
+    again = run(study, output=str(study / "out"))
+    assert again.returncode == 0, again.stderr
     assert "Training" not in again.stdout
     assert (study / "out" / "table.md").read_text() == table
 
@@ -80,8 +81,10 @@ def test_a_run_that_fails_names_its_console(study, tmp_path):
 
 def test_a_finished_run_is_not_taken_for_one_with_other_settings(study):
     content = yaml.safe_load((study / "study.yaml").read_text())
-    content["SETTINGS"]["SOLVER.MAX_ITER"] = 3
-    (study / "longer.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-    done = run(study, "longer.yaml")
-    assert done.returncode != 0
-    assert "holds a run with other settings" in done.stderr
+    (study / "own.yaml").write_text(f"_BASE_: {content['CONFIG']}\nSOLVER:\n  WEIGHT_DECAY: 0.1\n")
+    longer = content | {"SETTINGS": content["SETTINGS"] | {"SOLVER.MAX_ITER": 3}}
+    for name, other in (("longer.yaml", longer), ("decays.yaml", content | {"CONFIG": "own.yaml"})):
+        (study / name).write_text(yaml.safe_dump(other, sort_keys=False))
+        done = run(study, name)
+        assert done.returncode != 0
+        assert "holds a run with other settings" in done.stderr
