@@ -251,8 +251,12 @@ def _plot(study: Study, values: dict, path: Path) -> None:
 def _train(study: Study, settings: Settings, folder: Path, job: int, weights: Path | None = None) -> dict[str, float]:
     """Trains one run to its end, unless it has a result, and returns its AP."""
     result, settings_file = folder / "result.json", folder / "settings.yaml"
-    # The whole config, since CONFIG may change too. Without the start's weights, whose path depends on --output's.
-    told = load_cfg(str(study.config), _words(settings)).dump()
+    # The whole config, since CONFIG may change too, but for what the machine decides; and without the start's weights,
+    # whose path depends on --output's.
+    cfg = load_cfg(str(study.config), _words(settings)).clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED, cfg.DATALOADER.NUM_WORKERS = "", False, 0
+    told = cfg.dump()
     if settings_file.is_file() and settings_file.read_text(encoding="utf-8") != told:
         raise RuntimeError(
             f"{folder} holds a run with other settings, see settings.yaml there. Remove the folder, or name another "

@@ -344,7 +344,8 @@ def _share_heads(work: "Callable[[_Chunks, slice], None]", query: Tensor, key: T
         # Python closes its thread pools before the last threads of a process end.
         with contextlib.suppress(RuntimeError):
             pool = _thread_pool(os.getpid(), workers, max(1, num_threads // workers))
-            shares = [pool.submit(work_alone, each) for each in chunks]
+            for each in chunks:
+                shares.append(pool.submit(work_alone, each))
     if not shares:
         work_alone(chunks[0])
     wait(shares)
@@ -368,9 +369,15 @@ def _thread_pool(process: int, workers: int, threads: int) -> ThreadPoolExecutor
         all_there.wait()
 
     pool = ThreadPoolExecutor(workers, thread_name_prefix="karat_attention")
-    list(pool.map(start, range(workers)))
-    # A thread has set it for those that are yet to start, too.
-    torch.set_num_threads(num_threads)
+    try:
+        list(pool.map(start, range(workers)))
+    except BaseException:
+        all_there.abort()
+        pool.shutdown(wait=False)
+        raise
+    finally:
+        # A thread has set it for those that are yet to start, too.
+        torch.set_num_threads(num_threads)
     return pool
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import re
+import reprlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -98,7 +99,7 @@ def _find_state(held: Any, containers: Sequence[str], levels: int = 2) -> tuple[
         return "", None
     # Beside tensors a state dict may have numbers, such as a count of batches, and words on its author.
     if any(isinstance(value, Tensor) for value in held.values()) and all(
-        isinstance(key, str) and (value is None or isinstance(value, Tensor | int | float | str))
+        isinstance(key, str) and (value is None or isinstance(value, Tensor | float | str) or _is_int64(value))
         for key, value in held.items()
     ):
         return "", {key: torch.as_tensor(x) for key, x in held.items() if not (x is None or isinstance(x, str))}
@@ -107,6 +108,10 @@ def _find_state(held: Any, containers: Sequence[str], levels: int = 2) -> tuple[
         if state is not None:
             return key, state
     return "", None
+
+
+def _is_int64(value: Any) -> bool:
+    return isinstance(value, int) and -(2**63) <= value < 2**63
 
 
 def _of_one_model(state: dict[str, Tensor], containers: Sequence[str]) -> dict[str, Tensor]:
@@ -341,6 +346,9 @@ def _check_beside(loaded: Any) -> None:
         for name, grid in grids.items()
     )
     if not are_grids:
-        raise ValueError(f"token_grids is {grids!r}")
-    if not isinstance(config, dict) or not all(isinstance(name, str) for name in config):
-        raise ValueError(f"operator_config is {config!r}")
+        raise ValueError(f"token_grids is {reprlib.repr(grids)}")
+    if not isinstance(config, dict) or not all(
+        isinstance(name, str) and (value is None or isinstance(value, str | int | float))
+        for name, value in config.items()
+    ):
+        raise ValueError(f"operator_config is {reprlib.repr(config)}")

@@ -44,8 +44,9 @@ class SafeCheckpointer(DetectionCheckpointer):
         save_dir: folder of the run's checkpoints.
         strict: whether tensors that the model lacks, or that have another shape than the model's, stop the run, and a
             ViT or Swin in the file that lacks blocks of the model's.
-        complete: whether any tensor that the file lacks stops it too. A run that resumes or evaluates wants that, one
-            that starts from a pretrained backbone or from a classifier for other classes does not.
+        complete: whether any tensor that the file lacks stops it too, but for operators that not being `strict` leaves
+            out as other functions. A run that resumes or evaluates wants that, one that starts from a pretrained
+            backbone or from a classifier for other classes does not.
         classes: names of a classifier's, where they are known: unless `complete`, a head for others is left out.
         checkpointables: further objects with a state dict, as for Detectron2's.
     """
@@ -162,7 +163,8 @@ class SafeCheckpointer(DetectionCheckpointer):
         if starting := [name for name in _operators(self.model) if any(key.startswith(f"{name}.") for key in absent)]:
             inits = sorted({_operators(self.model)[name].config.init for name in starting})
             logger.info(
-                "Softmax weights: %d KArAt operators start by MODEL.KARAT.INIT %s: %s",
+                "%s: %d KArAt operators start by MODEL.KARAT.INIT %s: %s",
+                "Weights of other operators" if foreign else "Softmax weights",
                 len(starting),
                 ", ".join(inits),
                 ", ".join(starting),

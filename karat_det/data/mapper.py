@@ -139,6 +139,8 @@ def unreadable_image_named(
     """
     try:
         yield
+    except MemoryError:
+        raise
     except errors as error:
         raise OSError(
             f"Cannot read the image {file_name}: {type(error).__name__}: {error}. "

@@ -301,7 +301,13 @@ def test_a_container_in_many_places_is_read_once(tmp_path):
 
 @pytest.mark.parametrize(
     "beside",
-    [{"token_grids": 3}, {"token_grids": {"a": [1]}}, {"operator_config": [1]}, {"operator_config": {1: 2}}],
+    [
+        {"token_grids": 3},
+        {"token_grids": {"a": [1]}},
+        {"operator_config": [1]},
+        {"operator_config": {1: 2}},
+        {"operator_config": {"a": ()}},
+    ],
 )
 def test_what_lies_beside_weights_must_be_of_its_form(tmp_path, beside):
     torch.save({"model": {"a": torch.ones(2)}, **beside}, tmp_path / "w.pth")
