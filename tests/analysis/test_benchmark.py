@@ -194,15 +194,15 @@ def test_the_heads_of_a_step_get_as_many_positive_proposals_as_they_may(configs,
 def test_the_report_has_a_row_for_each_comparison_and_a_plot_of_the_scaling(tmp_path):
     results = Results(
         "a machine",
-        [Comparison("pass", "softmax", 0.0123, 0.0100, "ms"), Comparison("peak", "softmax", 2**31, 2**32, "MiB")],
+        [Comparison("pass", "softmax", 0.0123, 0.0100, "ms", 1.25), Comparison("peak", "softmax", 2**31, 2**32, "MiB")],
         [ScalingPoint(SDPA, 49, 0.001, 2**20), ScalingPoint(SDPA, 196, 0.01, 2**22)]
         + [ScalingPoint("attend, G = 1", 49, 0.002, 0)],
     )
     table = write_report(results, tmp_path)
     assert (tmp_path / "table.md").read_text(encoding="utf-8") == table
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
-    assert ["pass", "softmax", "1.23", "12.3 : 10.0 ms"] in cells
-    assert ["peak", "softmax", "0.50", "2,048 : 4,096 MiB"] in cells
+    assert ["pass", "softmax", "1.23", "≤ 1.25", "12.3 : 10.0 ms"] in cells
+    assert ["peak", "softmax", "0.50", "", "2,048 : 4,096 MiB"] in cells
     assert [SDPA, "1.00 ms, 1.00 MiB", "10.0 ms, 4.00 MiB"] in cells
     assert ["attend, G = 1", "2.00 ms, 0.00 MiB", "left out"] in cells
     assert "a machine" in table
