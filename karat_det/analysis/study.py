@@ -14,6 +14,7 @@ A study is a YAML file:
 
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -300,7 +301,8 @@ def _last_evaluation(path: Path) -> dict[str, float]:
     for line in reversed(path.read_text(encoding="utf-8").splitlines()):
         record = json.loads(line)
         if all(metric in record for metric in _METRICS):
-            return {metric: record[metric] for metric in _METRICS}
+            # Detectron2 says NaN where nothing was predicted at all: no object was found, which is an AP of 0.
+            return {metric: 0.0 if math.isnan(record[metric]) else record[metric] for metric in _METRICS}
     raise RuntimeError(
         f"{path} has no evaluation with {' and '.join(_METRICS)}: a study needs DATASETS.TEST and masks."
     )

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """A folder with a dataset and a study of three variants, one of which diverges."""
+    """A folder with a dataset and a study of four variants: one diverges, one predicts nothing."""
     folder = tmp_path_factory.mktemp("study")
     generate_digits(folder, {"train": 6, "val": 2})
     small = {
@@ -35,6 +35,7 @@ def study(tmp_path_factory):
             "softmax": {"MODEL.KARAT.ENABLED": False},
             "half": {"MODEL.KARAT.NUM_KARAT_HEADS": 1, "MODEL.KARAT.BLOCKS": [1], "SOLVER.OPERATOR_LR_FACTOR": 2.0},
             "too fast": {"SOLVER.BASE_LR": 1e30, "SOLVER.CLIP_GRADIENTS.ENABLED": False},
+            "unsure": {"MODEL.ROI_HEADS.SCORE_THRESH_TEST": 1.0},
         },
     }
     (folder / "study.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
@@ -57,7 +58,8 @@ def test_it_trains_every_run_once_and_ends_with_a_table_and_a_plot(study):
     assert "diverged" not in rows["half"]
     assert (study / "out" / "plot.png").is_file()
     results = json.loads((study / "out" / "results.json").read_text())
-    assert [result["variant"] for result in results] == ["softmax", "half", "too fast"]
+    assert [result["variant"] for result in results] == ["softmax", "half", "too fast", "unsure"]
+    assert (results[-1]["segm/AP"], results[-1]["bbox/AP"]) == (0.0, 0.0)
     # Each starts from the softmax backbone, whose file holds nothing else, and the operator from its own start.
     console = (study / "out" / "softmax" / "half" / "seed_1" / "console.txt").read_text()
     assert "backbone.pth" in console
