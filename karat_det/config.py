@@ -261,7 +261,7 @@ def _add_operator(model: CfgNode) -> None:
     # Order k and range I of B-splines: pieces of degree k on GRID_SIZE intervals that tile [−I, I].
     model.KARAT.SPLINE_ORDER = 3
     model.KARAT.SPLINE_RANGE = 3.0
-    # On CUDA, run a Fourier operator as a Triton kernel.
+    # On CUDA, sum a Fourier operator's functions over the scores in Triton kernels.
     model.KARAT.TRITON = True
     # Indices of the blocks that get KArAt; [] is all. The others stay as they are in the softmax model.
     model.KARAT.BLOCKS = []

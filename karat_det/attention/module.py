@@ -98,8 +98,6 @@ class KArAtAttention(nn.Module):
         """
         if is_causal:
             raise ValueError("is_causal is True. Tokens of an image have no order: give an attn_mask, or False.")
-        is_mask = attn_mask is not None and attn_mask.dtype == torch.bool
-        full, mask = (None, attn_mask) if is_mask else (attn_mask, None)
         batch_size, num_tokens, channels = x.shape[0], x.shape[1:-1].numel(), x.shape[-1]
         self.operator.check_tokens(num_tokens)
         # (3, B, heads, N, d)
@@ -107,7 +105,7 @@ class KArAtAttention(nn.Module):
         qkv = qkv.permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind(0)
         positions = rel_pos_terms(query, self.rel_pos_h, self.rel_pos_w) if self.use_rel_pos else ()
-        attended = self.operator.attend(query, key, value, Bias(full, *positions), mask=mask)  # (B, heads, N, d)
+        attended = self.operator.attend(query, key, value, Bias(attn_mask, *positions))  # (B, heads, N, d)
         return self.proj_drop(self.proj(attended.transpose(1, 2).reshape(x.shape)))
 
 

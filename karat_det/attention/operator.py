@@ -231,7 +231,11 @@ class KArAtOperator(nn.Module):
 
         Returns:
             σ̂(A), of the same shape; row k holds the weights of the N values for query k.
+
+        Raises:
+            ValueError: the scores are of another number of heads or tokens than the operator.
         """
+        self._check_size("scores", scores)
         self.check_tokens(scores.shape[-1])
         with torch.autocast(scores.device.type, enabled=False):
             exact = at_least_float32(scores)
@@ -265,7 +269,8 @@ class KArAtOperator(nn.Module):
         Args:
             query, key, value: of shape (..., heads, N, d).
             bias: added to the scores. A tensor is broadcastable to (..., heads, N, N); a Bias may have terms for the
-                rows and columns of a grid of tokens, which never become a matrix N×N. It must be finite.
+                rows and columns of a grid of tokens, which never become a matrix N×N. Floats must be finite. A boolean
+                tensor is a mask.
             scale: of the scores; d^−½ unless given.
             mask: False where a query does not see a key, broadcastable to (..., heads, N, N); see `activate`.
 
@@ -273,11 +278,15 @@ class KArAtOperator(nn.Module):
             A tensor of value's shape and dtype.
 
         Raises:
-            ValueError: there are not N tokens, in query and key or in the grid of a Bias.
+            ValueError: there are not N tokens or not the operator's number of heads in query, key and value, or not N
+                tokens in the grid of a Bias.
         """
-        self.check_tokens(key.shape[-2])
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            self._check_size(name, tensor)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         bias = bias if isinstance(bias, Bias) else Bias(bias)
+        if bias.full is not None and bias.full.dtype == torch.bool:
+            bias, mask = bias._replace(full=None), bias.full if mask is None else mask & bias.full
         sides = [0 if term is None else term.shape[-1] for term in (bias.vertical, bias.horizontal)]
         if any(sides) and math.prod(sides) != self.num_tokens:
             raise ValueError(
@@ -452,6 +461,14 @@ class KArAtOperator(nn.Module):
                 "each token, so N is fixed when it is made. Feed inputs of the size that the model was made for: in a "
                 "ViTDet detector, images of MODEL.VIT.IMG_SIZE and IMG_WIDTH."
             )
+
+    def _check_size(self, name: str, tensor: Tensor) -> None:
+        if tensor.ndim < 3 or tensor.shape[-3] != self.num_heads:
+            raise ValueError(
+                f"{name} has the shape {tuple(tensor.shape)}. It must be (..., heads, N, size), with the "
+                f"{self.num_heads} heads and N = {self.num_tokens} tokens that this operator was made for."
+            )
+        self.check_tokens(tensor.shape[-2])
 
     def extra_repr(self) -> str:
         config = self.config

@@ -149,10 +149,11 @@ class SafeCheckpointer(DetectionCheckpointer):
             key for key in incompatible.missing_keys if key not in misfits and not key.endswith(_COMPUTED_BY_THE_MODEL)
         ]
         loaded = [key for key in self.model.state_dict() if key not in misfits and key not in incompatible.missing_keys]
+        count = len(self.model.state_dict())
         # Where all of both is loaded, a list of it says nothing.
         partly = absent or ignored or misfits or incompatible.unexpected_keys
         rows = f":\n{_by_module(loaded)}" if partly else ", which is all of the file and of the model"
-        logger.info("Loaded %d of the file's %d tensors%s", len(loaded), len(in_file), rows)
+        logger.info("Loaded %d of the model's %d tensors from the file's %d%s", len(loaded), count, len(in_file), rows)
         if resampled:
             rows = "\n".join(f"  {key}: {change}" for key, change in resampled.items())
             logger.info("Of these resampled to the model's tokens: %d tensors\n%s", len(resampled), rows)

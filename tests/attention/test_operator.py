@@ -466,6 +466,37 @@ def test_another_number_of_tokens_is_refused():
         operator.activate(torch.zeros(1, 16, 16))
 
 
+@pytest.mark.parametrize("fields", [{}, {"num_karat_heads": 1}, {"projection": "simplex"}], ids=str)
+@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize("shape", [(2, 1, 4, 8), (2, 4, 4, 8), (4, 8), (2, 3, 5, 8)], ids=str)
+def test_inputs_of_other_sizes_are_refused(fields, place, shape):
+    operator = make_operator(3, 4, rank=2, **fields)
+    inputs = [torch.randn(2, 3, 4, 8, dtype=torch.float64) for _ in range(3)]
+    inputs[place] = torch.randn(shape, dtype=torch.float64)
+    problem = "5" if shape[-2] == 5 else f"{('query', 'key', 'value')[place]} has the shape"
+    with pytest.raises(ValueError, match=problem):
+        operator.attend(*inputs)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 4, 4), (2, 6, 4, 4), (2, 3, 4, 5), (2, 3, 5, 4), (4, 4)], ids=str)
+def test_scores_of_another_size_are_refused(shape):
+    with pytest.raises(ValueError, match="made for"):
+        make_operator(3, 4, rank=2).activate(torch.randn(shape, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("as_bias", [lambda mask: mask, Bias], ids=["tensor", "Bias"])
+@pytest.mark.parametrize("fields", [{}, {"residual": "softmax"}, {"basis": "morlet", "num_karat_heads": 1}], ids=str)
+def test_a_boolean_bias_is_a_mask_as_in_scaled_dot_product_attention(fields, as_bias):
+    torch.manual_seed(0)
+    operator = make_operator(3, 4, rank=2, **fields)
+    query, key, value = (torch.randn(2, 3, 4, 8, dtype=torch.float64) for _ in range(3))
+    mask, other = make_mask(2, 1, 4, 4), make_mask(3, 4, 4)
+    expected = operator.attend(query, key, value, mask=mask)
+    torch.testing.assert_close(operator.attend(query, key, value, as_bias(mask)), expected)
+    both = operator.attend(query, key, value, as_bias(mask), mask=other)
+    torch.testing.assert_close(both, operator.attend(query, key, value, mask=mask & other))
+
+
 def test_terms_of_another_grid_are_refused():
     operator = KArAtOperator(1, 9, KArAtConfig(rank=2))
     inputs = [torch.zeros(1, 9, 4) for _ in range(3)]

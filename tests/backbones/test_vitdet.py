@@ -215,9 +215,9 @@ def test_only_windows_with_padding_have_a_mask(configs, monkeypatch, size, calls
     block = build(configs).net.blocks[0]
     attend, seen = KArAtOperator.attend, []
 
-    def watched(operator, query, key, value, bias=None, scale=None, mask=None):
-        seen.append((len(query), mask is not None))
-        return attend(operator, query, key, value, bias, scale, mask)
+    def watched(operator, query, key, value, bias):
+        seen.append((len(query), bias.full is not None and bias.full.dtype == torch.bool))
+        return attend(operator, query, key, value, bias)
 
     monkeypatch.setattr(KArAtOperator, "attend", watched)
     block(torch.randn(1, *size, 24))

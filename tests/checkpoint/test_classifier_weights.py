@@ -261,8 +261,6 @@ def test_a_convit_starts_a_vit_of_its_sizes(configs, tmp_path, caplog, sharing):
         (VIT, {"VIT.DEPTH": 2}, "quickstart.yaml", r"no place in the model:\n  backbone.net.blocks.2.norm1"),
         (VIT, {"VIT.EMBED_DIM": 48}, "quickstart.yaml", r"patch_embed.proj.weight: \(96, 3, 8, 8\) .* \(48, 3, 8, 8\)"),
         (VIT, {"KARAT.GRID_SIZE": 3}, "quickstart.yaml", r"coefficients: \(3, 2, 2, 197, 12\) .* \(3, 2, 3, 196, 12\)"),
-        (VIT, {"KARAT.SHARING": "blockwise"}, "quickstart.yaml",
-         r"2 tensors have no place in the model:\n  backbone.net.operator.{coefficients, projector}"),
         (VIT, {"KARAT.ENABLED": False}, "quickstart.yaml", r"no place in the model:\n  backbone.net.operator.{coeff"),
         (CONVIT, {}, "quickstart.yaml", r"blocks.0.norm1.weight: \(192,\) in the file, \(96,\) in the model"),
         (VIT, {}, "swin/swin_t_g1b.yaml", "The file holds the weights of a ViT, and the model is a Swin"),
@@ -273,6 +271,15 @@ def test_what_does_not_fit_a_detector_is_refused_by_name(configs, tmp_path, sour
     model = detector(configs, keys, base=base)
     with pytest.raises(ValueError, match=message):
         start(model, save(tmp_path, classifier(source)))
+
+
+def test_a_universal_classifier_starts_a_blockwise_detector_as_a_universal_one(configs, tmp_path):
+    path = save(tmp_path, classifier(VIT))
+    outputs = []
+    for sharing in ("universal", "blockwise"):
+        net = start(detector(configs, {}, SHARING=sharing), path).backbone.net
+        outputs.append(net(images())["last_feat"])
+    torch.testing.assert_close(*outputs)
 
 
 def test_a_converted_classifier_starts_the_same_detector(configs, tmp_path):

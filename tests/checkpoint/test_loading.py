@@ -37,7 +37,9 @@ def test_loads_a_state_dict_bare_in_a_container_or_of_ddp(tmp_path, layout, capl
     with caplog.at_level(logging.INFO):
         load_weights(target, save(tmp_path / "w.pth", content))
     assert torch.equal(target[0].weight, source[0].weight)
-    assert "Loaded 4 of the file's 4 tensors, which is all of the file and of the model" in caplog.text
+    assert (
+        "Loaded 4 of the model's 4 tensors from the file's 4, which is all of the file and of the model" in caplog.text
+    )
 
 
 def test_a_missing_file_is_named():

@@ -240,6 +240,31 @@ def test_a_model_starts_one_of_another_size(configs, tmp_path, caplog, sharing):
     assert f"{name}.coefficients: 8 × 12 to 4 × 4" in caplog.text
 
 
+def test_each_block_of_a_blockwise_model_starts_with_a_copy_of_a_universal_operator(configs, tmp_path, caplog):
+    small, large = build(configs, 32, **{"KARAT.SHARING": "universal"}), build(configs, 64)
+    with caplog.at_level(logging.INFO):
+        load_weights(large, save(tmp_path, small))
+    assert "its operator copied to each block" in caplog.text
+    assert "net.blocks.1.attn.operator.coefficients: 2 × 2 to 4 × 4" in caplog.text
+    count = len(large.state_dict())
+    assert f"Loaded {count} of the model's {count} tensors from the file's {len(small.state_dict())}" in caplog.text
+    operator, (window, image) = small.net.operator, (block.attn.operator for block in large.net.blocks)
+    torch.testing.assert_close(window.state_dict(), operator.state_dict())
+    expected = resample_operator(operator.state_dict(), image, TokenGrid(2, 2), TokenGrid(4, 4))
+    torch.testing.assert_close(dict(image.state_dict()), expected)
+
+    # A block of softmax has none.
+    last = build(configs, 64, **{"KARAT.BLOCKS": [1]})
+    load_weights(last, save(tmp_path, small))
+    torch.testing.assert_close(last.net.blocks[1].attn.operator.state_dict(), image.state_dict())
+
+
+def test_one_operator_is_not_made_of_several(configs, tmp_path):
+    path = save(tmp_path, build(configs, 32))
+    with pytest.raises(ValueError, match=r"have no place in the model:\n  net\.blocks\.0\.attn\.operator"):
+        load_weights(build(configs, 32, **{"KARAT.SHARING": "universal"}), path)
+
+
 def test_relative_positions_become_what_detectron2_makes_of_them(configs, tmp_path):
     small, large = build(configs, 64), build(configs, 128)
     load_weights(large, save(tmp_path, small))
