@@ -329,8 +329,9 @@ def compare_steps(config_file: str, opts: Sequence[str], turns: Turns, batch_siz
     """Time and peak memory of a training step of a detector, over the same detector with softmax.
 
     A step is the trainer's: forward with all losses, backward, clipping, AdamW; in bfloat16 on CUDA if the config says
-    so. Weights and images are random, from one seed, and the heads of both get the same proposals. The memory is all
-    that weights, AdamW's state and a step need.
+    so. Weights and images are random, from one seed, and the heads of both get the same proposals. Steps are timed in
+    a process that uses freed memory again: on the CPU a run of the trainer, which does not, takes longer with either.
+    The memory is all that weights, AdamW's state and a step need.
     """
     cfgs = _with_and_without(config_file, opts, turns.device)
     what = _describe(cfgs["KArAt"], config_file, opts, batch_size)
@@ -520,7 +521,8 @@ def write_report(results: Results, output_dir: str | Path) -> str:
     rows = [{**asdict(comparison), "ratio": comparison.ratio} for comparison in results.comparisons]
     content = {**asdict(results), "comparisons": rows}
     (output_dir / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    table = f"Measured on {results.machine}. A ratio of 1.00 is what the other one takes; less is better.\n"
+    table = f"Measured on {results.machine}. A ratio of 1.00 is what the other one takes; less is better. "
+    table += "A goal is for two CPU cores, and the default sizes and config.\n"
     if rows:
         table += "\n" + tabulate(
             [
@@ -659,10 +661,7 @@ def _core_peak(variant: str, shape: AttentionShape, device: str) -> int:
 
 def _step_seconds(cfgs: dict[str, CfgNode], batch_size: int, turns: Turns) -> tuple[dict[str, float], dict[str, float]]:
     """Median seconds of the steps of some detectors, and of their backbones alone."""
-    # As is, malloc gives large tensors back to the system and asks for pages anew. Millions of page faults are a third
-    # of a step's time, and vary by more than models differ.
-    _set_malloc(_M_MMAP_MAX, 0)
-    _set_malloc(_M_TRIM_THRESHOLD, -1)
+    _keep_freed_memory()
     steps = {name: make_step(cfg, batch_size) for name, cfg in cfgs.items()}
     return (
         turns.median_seconds({name: _train(step) for name, step in steps.items()}),
@@ -704,6 +703,15 @@ def _in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
 def _prepare(threads: int) -> None:
     torch.set_num_threads(threads)
     _set_malloc(_M_MMAP_THRESHOLD, 2**16)  # larger tensors are pages of their own, which go back when they are freed
+
+
+def _keep_freed_memory() -> None:
+    """Lets malloc use again what large tensors leave, where as it is it gives them back and asks for pages anew.
+
+    Those are millions of page faults a step and a third of its time, which varies by more than models differ.
+    """
+    _set_malloc(_M_MMAP_MAX, 0)
+    _set_malloc(_M_TRIM_THRESHOLD, -1)
 
 
 def _set_malloc(option: int, value: int) -> None:

@@ -62,7 +62,7 @@ class KArAtConfig:
             nothing, uniform in ±1/√m as a linear layer of m inputs.
         spline_order: k of "bspline".
         spline_range: I of "bspline", whose intervals tile [−I, I].
-        triton: whether a Fourier operator runs as a Triton kernel on CUDA.
+        triton: whether Triton kernels sum a Fourier operator over its scores on CUDA.
 
     Raises:
         ValueError: a field has a value that is not allowed; the message begins with the field's name.

@@ -36,8 +36,7 @@ _DROPPED = ("dist_token", "reg_token")
 # Left out always.
 _CONSTANT = re.compile(r".+\.(relative_position_index|attn_mask)")
 _OPERATOR = re.compile(r"(^|\.)operator\.coefficients$")
-# Of a block's own operator, in the names of its transformer.
-_IN_BLOCK = re.compile(r"(?P<operator>blocks\.\d+\.attn\.operator)\.(?P<leaf>.+)")
+_OPERATOR_OF_BLOCK = re.compile(r"(?P<operator>(.+\.)?blocks\.\d+\.attn\.operator)\.(?P<leaf>.+)")
 # The last layer of a classifier, whose shape its classes decide.
 HEAD = re.compile(r"(head|head_dist)(\.fc)?\.(weight|bias)")
 # What every file of a transformer has of it: patches, blocks and the merging between stages.
@@ -82,8 +81,6 @@ def convert_state(
 ) -> Conversion:
     """Brings a state dict to the names of a model. What it does not know keeps its name.
 
-    Where the file has one operator for all blocks and the model one for each, each gets a copy.
-
     Args:
         state: of any of the LAYOUTS.
         token_grids: of its operators, by their names there; {} where they are not known.
@@ -119,9 +116,37 @@ def convert_state(
     _fuse_query_key_value(converted, expected or ())
     token_grids = _untold_grids(state, source) | dict(token_grids)
     grids = {target + name.removeprefix(source): grid for name, grid in token_grids.items()}
-    copied = _copy_operator_to_blocks(converted, grids, target, expected or ())
-    described = _describe(host, state, source) + (", its operator copied to each block" if copied else "")
-    return Conversion(converted, grids, described, ignored)
+    return Conversion(converted, grids, _describe(host, state, source), ignored)
+
+
+def copy_operator_to_blocks(
+    state: dict[str, Tensor], grids: dict[str, Sequence[int]], expected: Collection[str]
+) -> bool:
+    """Where the file has one operator for all blocks and the model one for each, gives each a copy, in place.
+
+    Args:
+        state: in the names of the model.
+        grids: token grids of its operators; those of the copies are added.
+        expected: keys of the model.
+
+    Returns:
+        Whether it did. It does not where the two hold different tensors.
+    """
+    universal = f"{_find_host(expected)[1]}operator."
+    tensors = {key.removeprefix(universal): key for key in state if key.startswith(universal)}
+    leaves: dict[str, dict[str, str]] = {}
+    for key in expected:
+        if match := _OPERATOR_OF_BLOCK.fullmatch(key):
+            leaves.setdefault(match["operator"], {})[match["leaf"]] = key
+    if not tensors or not leaves or any(own.keys() != tensors.keys() for own in leaves.values()):
+        return False
+    for operator, own in leaves.items():
+        state.update({key: state[tensors[leaf]] for leaf, key in own.items()})
+        if universal[:-1] in grids:
+            grids[operator] = grids[universal[:-1]]
+    for key in tensors.values():
+        del state[key]
+    return True
 
 
 def required_tensors(expected: Collection[str]) -> tuple[str, dict[str, dict[str, str]]]:
@@ -226,28 +251,6 @@ def _untold_grids(state: Mapping[str, Tensor], source: str) -> dict[str, tuple[i
         return {}
     operators = [key.removesuffix(".coefficients") for key in state if _OPERATOR.search(key)]
     return dict.fromkeys(operators, (grid.height, grid.width, count))
-
-
-def _copy_operator_to_blocks(
-    state: dict[str, Tensor], grids: dict[str, Sequence[int]], target: str, expected: Collection[str]
-) -> bool:
-    """Gives a universal operator, and its grid, to each block of a blockwise model, in place. Says if it did."""
-    universal = f"{target}operator"
-    tensors = {key.removeprefix(f"{universal}."): key for key in state if key.startswith(f"{universal}.")}
-    of_blocks = [
-        (key, match["operator"], tensors[match["leaf"]])
-        for key in expected
-        if key not in state and (match := _IN_BLOCK.fullmatch(key.removeprefix(target))) and match["leaf"] in tensors
-    ]
-    if not of_blocks or any(key in expected for key in tensors.values()):
-        return False
-    for key, operator, universal_key in of_blocks:
-        state[key] = state[universal_key]
-        if universal in grids:
-            grids[target + operator] = grids[universal]
-    for key in tensors.values():
-        del state[key]
-    return True
 
 
 def _adapt_positions(state: dict[str, Tensor], target: str) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..attention import KArAtOperator
 from .files import read_weights
-from .layouts import HEAD, LAYOUTS, convert_state, required_tensors
+from .layouts import HEAD, LAYOUTS, convert_state, copy_operator_to_blocks, required_tensors
 from .resampling import resample_state, token_grids
 
 logger = logging.getLogger(__name__)
@@ -134,7 +134,11 @@ class SafeCheckpointer(DetectionCheckpointer):
         different = self._different_settings(checkpoint.pop("operator_config", {}))
         source, ignored, foreign, resampled, refused = "", {}, {}, {}, {}
         if not self.resumes:
-            state, grids, source, ignored = convert_state(in_file, grids, self.model.state_dict().keys())
+            expected = self.model.state_dict().keys()
+            state, grids, source, ignored = convert_state(in_file, grids, expected)
+            # A start: what was trained as universal is not evaluated as another model.
+            if not self.complete and not different and copy_operator_to_blocks(state, grids, expected):
+                source += ", its operator copied to each block"
             resampled, refused = resample_state(state, self.model, grids)
             if not self.complete:
                 ignored |= _drop_foreign_head(state, self.model, checkpoint.get("classes"), self.classes)

@@ -1,5 +1,6 @@
 import json
 import os
+import resource
 from functools import partial
 
 import pytest
@@ -127,6 +128,23 @@ def test_peak_memory_is_what_a_call_adds():
     assert large == pytest.approx(64 * mib, abs=2 * mib)
 
 
+def _page_faults_of_large_tensors(keep_freed_memory):
+    if keep_freed_memory:
+        benchmark._keep_freed_memory()
+    for _ in range(3):
+        torch.ones(2**24)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def test_steps_are_timed_without_the_page_faults_of_large_tensors():
+    pages = 5 * 4 * 2**24 / resource.getpagesize()
+    assert benchmark._in_fresh_process(_page_faults_of_large_tensors, False) > 0.9 * pages
+    assert benchmark._in_fresh_process(_page_faults_of_large_tensors, True) < 0.1 * pages
+
+
 def test_memory_is_compared_in_fresh_processes_and_attend_does_not_grow_with_n_squared():
     peaks = compare_peaks(AttentionShape(batch_size=1, num_heads=4, grid=(32, 32), head_dim=16))
     matrix = 4 * 4 * 1024**2
@@ -145,6 +163,14 @@ def test_a_core_is_compared_in_time_bytes_and_multiply_adds(shape):
     assert all(str(shape) in row.measured and row.value > 0 and row.reference > 0 for row in rows)
     units = [row.unit for row in rows]
     assert {unit: units.count(unit) for unit in units} == {"ms": 5, "MiB": 4, "million multiply-adds": 2}
+    goals = [(row.measured.partition(":")[0], row.over, row.goal) for row in rows if row.goal]
+    assert goals == [
+        ("attend, G = 1", SDPA, 1.25),
+        ("attend, G = 3", "direct, G = 3", 0.35),
+        ("attend, G = 1", SDPA, 1.0),
+        ("attend, G = 3", SDPA, 1.0),
+        ("attend, G = 1", SOFTMAX, 0.8),
+    ]
     direct = [row for row in rows if row.over == "direct, G = 3" and row.unit == "MiB"]
     assert direct[0].ratio < 1
 

@@ -372,7 +372,8 @@ def test_heads_alone_may_be_loaded(configs, tmp_path, caplog):
     state = {key: tensor for key, tensor in model.state_dict().items() if ".net." not in key}
     with caplog.at_level(logging.INFO):
         load_weights(model, save(tmp_path, state), complete=False)
-    assert f"Loaded {len(state)} of the model's {len(model.state_dict())} tensors from the file's {len(state)}" in caplog.text
+    count = len(model.state_dict())
+    assert f"Loaded {len(state)} of the model's {count} tensors from the file's {len(state)}" in caplog.text
 
 
 def test_without_a_model_names_are_those_of_a_detector():

@@ -243,7 +243,7 @@ def test_a_model_starts_one_of_another_size(configs, tmp_path, caplog, sharing):
 def test_each_block_of_a_blockwise_model_starts_with_a_copy_of_a_universal_operator(configs, tmp_path, caplog):
     small, large = build(configs, 32, **{"KARAT.SHARING": "universal"}), build(configs, 64)
     with caplog.at_level(logging.INFO):
-        load_weights(large, save(tmp_path, small))
+        load_weights(large, save(tmp_path, small), complete=False)
     assert "its operator copied to each block" in caplog.text
     assert "net.blocks.1.attn.operator.coefficients: 2 × 2 to 4 × 4" in caplog.text
     count = len(large.state_dict())
@@ -255,8 +255,19 @@ def test_each_block_of_a_blockwise_model_starts_with_a_copy_of_a_universal_opera
 
     # A block of softmax has none.
     last = build(configs, 64, **{"KARAT.BLOCKS": [1]})
-    load_weights(last, save(tmp_path, small))
+    load_weights(last, save(tmp_path, small), complete=False)
     torch.testing.assert_close(last.net.blocks[1].attn.operator.state_dict(), image.state_dict())
+
+
+def test_a_universal_operator_is_copied_to_start_from_alone_and_only_whole(configs, tmp_path):
+    path = save(tmp_path, build(configs, 32, **{"KARAT.SHARING": "universal"}))
+    no_place = r"have no place in the model:\n  net\.operator\.{coefficients, projector}"
+    with pytest.raises(ValueError, match=no_place):
+        load_weights(build(configs, 64), path, complete=True)
+    state = torch.load(path, weights_only=True)["model"]
+    torch.save({"model": state}, path)  # without the operator's config
+    with pytest.raises(ValueError, match=no_place):
+        load_weights(build(configs, 64, **{"KARAT.ORDER": "two_operators"}), path, complete=False)
 
 
 def test_one_operator_is_not_made_of_several(configs, tmp_path):
