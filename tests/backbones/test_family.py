@@ -48,21 +48,22 @@ TINY_HEADS = {
 }
 
 ALL = [
-    {"BASIS": basis, "SHARING": sharing, "RESIDUAL": residual}
+    {"BASIS": basis, "SHARING": sharing, "RESIDUAL": residual, **structure}
     for basis in BASES
     for sharing in ("blockwise", "universal")
     for residual in ("none", "softmax")
+    for structure in (
+        {},
+        {"ORDER": "project_before"},
+        {"ORDER": "two_operators"},
+        {"RANK": None},
+        {"NUM_KARAT_HEADS": 1},
+    )
 ]
 MORE = [
     {"BASIS": basis, **keys}
-    for basis in ("fourier", "rational", "meyer")
-    for keys in (
-        {"ORDER": "project_before"},
-        {"ORDER": "two_operators", "RESIDUAL": "softmax"},
-        {"RANK": None},
-        {"NUM_KARAT_HEADS": 1, "PROJECTION": "simplex"},
-        {"BASE_FUNCTION": "gelu", "INIT": "paper"},
-    )
+    for basis in BASES
+    for keys in ({"NUM_KARAT_HEADS": 1, "PROJECTION": "simplex"}, {"BASE_FUNCTION": "gelu", "INIT": "paper"})
 ] + [
     {"GRID_SIZE": 5, "BASE_FUNCTION": "silu", "RESIDUAL": "softmax"},
     {"BASIS": "bspline", "SPLINE_ORDER": 2, "SPLINE_RANGE": 1.5, "GRID_SIZE": 4},
