@@ -335,7 +335,7 @@ def compare_steps(config_file: str, opts: Sequence[str], turns: Turns, batch_siz
     """
     cfgs = _with_and_without(config_file, opts, turns.device)
     what = _describe(cfgs["KArAt"], config_file, opts, batch_size)
-    logger.info("Training, %s", what)
+    logger.info("Training, %s: steps, then their backbones alone, in a process of their own", what)
     step_seconds, backbone_seconds = _in_fresh_process(_step_seconds, cfgs, batch_size, turns)
     logger.info("Its peak memory")
     peaks = {name: _in_fresh_process(_step_peak, cfg, batch_size) for name, cfg in cfgs.items()}
@@ -696,7 +696,7 @@ def _in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
         except BrokenProcessPool:
             raise RuntimeError(
                 "A process that measured was killed, most likely since the machine has too little memory. "
-                "Lower --max-memory, or leave out --parts."
+                "In scaling lower --max-memory; else name --parts without this one."
             ) from None
 
 

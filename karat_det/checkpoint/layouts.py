@@ -121,7 +121,7 @@ def convert_state(
 
 def copy_operator_to_blocks(
     state: dict[str, Tensor], grids: dict[str, Sequence[int]], expected: Collection[str]
-) -> bool:
+) -> int:
     """Where the file has one operator for all blocks and the model one for each, gives each a copy, in place.
 
     Args:
@@ -130,23 +130,21 @@ def copy_operator_to_blocks(
         expected: keys of the model.
 
     Returns:
-        Whether it did. It does not where the two hold different tensors.
+        How many blocks got one: none where the operators of the two hold different tensors.
     """
-    universal = f"{_find_host(expected)[1]}operator."
-    tensors = {key.removeprefix(universal): key for key in state if key.startswith(universal)}
-    leaves: dict[str, dict[str, str]] = {}
-    for key in expected:
-        if match := _OPERATOR_OF_BLOCK.fullmatch(key):
-            leaves.setdefault(match["operator"], {})[match["leaf"]] = key
-    if not tensors or not leaves or any(own.keys() != tensors.keys() for own in leaves.values()):
-        return False
-    for operator, own in leaves.items():
-        state.update({key: state[tensors[leaf]] for leaf, key in own.items()})
-        if universal[:-1] in grids:
-            grids[operator] = grids[universal[:-1]]
+    host, prefix = _find_host(expected)
+    universal = f"{prefix}operator"
+    tensors = {key.removeprefix(f"{universal}."): key for key in state if key.startswith(f"{universal}.")}
+    own = [match for key in expected if (match := _OPERATOR_OF_BLOCK.fullmatch(key))]
+    if host is None or not own or {match["leaf"] for match in own} != tensors.keys():
+        return 0
+    for match in own:
+        state[match[0]] = state[tensors[match["leaf"]]]
+        if universal in grids:
+            grids[match["operator"]] = grids[universal]
     for key in tensors.values():
         del state[key]
-    return True
+    return len({match["operator"] for match in own})
 
 
 def required_tensors(expected: Collection[str]) -> tuple[str, dict[str, dict[str, str]]]:

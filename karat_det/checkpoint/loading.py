@@ -137,8 +137,8 @@ class SafeCheckpointer(DetectionCheckpointer):
             expected = self.model.state_dict().keys()
             state, grids, source, ignored = convert_state(in_file, grids, expected)
             # A start: what was trained as universal is not evaluated as another model.
-            if not self.complete and not different and copy_operator_to_blocks(state, grids, expected):
-                source += ", its operator copied to each block"
+            if not self.complete and not different and (copies := copy_operator_to_blocks(state, grids, expected)):
+                source += f", its operator copied to {copies} blocks"
             resampled, refused = resample_state(state, self.model, grids)
             if not self.complete:
                 ignored |= _drop_foreign_head(state, self.model, checkpoint.get("classes"), self.classes)

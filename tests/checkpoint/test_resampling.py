@@ -244,7 +244,7 @@ def test_each_block_of_a_blockwise_model_starts_with_a_copy_of_a_universal_opera
     small, large = build(configs, 32, **{"KARAT.SHARING": "universal"}), build(configs, 64)
     with caplog.at_level(logging.INFO):
         load_weights(large, save(tmp_path, small), complete=False)
-    assert "its operator copied to each block" in caplog.text
+    assert "its operator copied to 2 blocks" in caplog.text
     assert "net.blocks.1.attn.operator.coefficients: 2 × 2 to 4 × 4" in caplog.text
     count = len(large.state_dict())
     assert f"Loaded {count} of the model's {count} tensors from the file's {len(small.state_dict())}" in caplog.text
@@ -268,6 +268,19 @@ def test_a_universal_operator_is_copied_to_start_from_alone_and_only_whole(confi
     torch.save({"model": state}, path)  # without the operator's config
     with pytest.raises(ValueError, match=no_place):
         load_weights(build(configs, 64, **{"KARAT.ORDER": "two_operators"}), path, complete=False)
+
+
+def test_a_universal_operator_that_is_another_function_is_left_out(configs, tmp_path, caplog):
+    path = save(tmp_path, build(configs, 32, **{"KARAT.SHARING": "universal", "KARAT.INIT": "paper"}))
+    large = build(configs, 64)
+    before = {key: tensor.clone() for key, tensor in large.state_dict().items() if ".operator." in key}
+    with pytest.raises(ValueError, match="INIT: paper in the file, scaled in the model"):
+        load_weights(large, path, complete=False)
+    with caplog.at_level(logging.INFO):
+        load_weights(large, path, strict=False, complete=False)
+    assert "net.operator.{coefficients, projector}" in caplog.text
+    assert "copied" not in caplog.text
+    assert all(torch.equal(large.state_dict()[key], tensor) for key, tensor in before.items())
 
 
 def test_one_operator_is_not_made_of_several(configs, tmp_path):
