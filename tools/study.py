@@ -17,11 +17,11 @@ import karat_det  # noqa: F401  before Detectron2, whose imports warn of their o
 import torch
 from detectron2.utils.logger import setup_logger
 
-from karat_det.analysis.study import Study, run_study
+from karat_det.analysis import study
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=study.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", required=True, help="YAML file of the study")
     parser.add_argument("--output", required=True, help="folder for the runs, the table and the plot")
     parser.add_argument(
@@ -36,9 +36,9 @@ def main() -> None:
     setup_logger(name="karat_det")
     logging.getLogger("karat_det.checkpoint").setLevel(logging.WARNING)
     try:
-        study = Study.load(args.study)
+        runs = study.Study.load(args.study)
         os.makedirs(args.output, exist_ok=True)
-        print(run_study(study, args.output, args.jobs))
+        print(study.run_study(runs, args.output, args.jobs))
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     print(f"Written to {args.output}: table.md, plot.png, results.json")

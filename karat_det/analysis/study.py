@@ -92,15 +92,23 @@ class Study:
                 raise ValueError(f"{path}: two of {key} differ only in signs, and would share a folder. Rename one.")
         if len(set(study.seeds)) < len(study.seeds):
             raise ValueError(f"{path}: SEEDS is {study.seeds}. Each may be there once.")
-        for settings in (*study.starts.values(), *study.variants.values()):
-            cfg = load_cfg(str(study.config), _words(study.settings | settings))
-            check_model_and_datasets(cfg, training=True)
-            if not cfg.MODEL.MASK_ON or not cfg.DATASETS.TEST:
-                raise ValueError(
-                    f"{path}: MODEL.MASK_ON is {cfg.MODEL.MASK_ON} and DATASETS.TEST {cfg.DATASETS.TEST}. A study "
-                    "compares mask AP: it needs masks, and a dataset to evaluate on."
-                )
+        for key, runs in (("STARTS", study.starts), ("VARIANTS", study.variants)):
+            for name, settings in runs.items():
+                try:
+                    study.check(settings)
+                except ValueError as error:
+                    raise ValueError(f"{path}: {key} {name!r}, with SETTINGS: {error}") from error
         return study
+
+    def check(self, settings: Settings) -> None:
+        """Raises ValueError or FileNotFoundError if a run with these settings, and those of all, cannot be one."""
+        cfg = load_cfg(str(self.config), _words(self.settings | settings))
+        check_model_and_datasets(cfg, training=True)
+        if not cfg.MODEL.MASK_ON or not cfg.DATASETS.TEST:
+            raise ValueError(
+                f"MODEL.MASK_ON is {cfg.MODEL.MASK_ON} and DATASETS.TEST {cfg.DATASETS.TEST}. A study compares mask "
+                "AP: it needs masks, and a dataset to evaluate on."
+            )
 
     def runs(self) -> Iterator[tuple[str, str, int]]:
         """(variant, start, seed) of every run, seed by seed: a study that is cut short has compared all variants."""

@@ -131,13 +131,16 @@ class SafeCheckpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict[str, Any]):
         in_file = dict(checkpoint["model"])
         grids = checkpoint.pop("token_grids", {})
-        different = self._different_settings(checkpoint.pop("operator_config", {}))
+        theirs = checkpoint.pop("operator_config", {})
+        different = self._different_settings(theirs)
+        has_operators = any(key.endswith("operator.coefficients") for key in in_file)
         source, ignored, foreign, resampled, refused = "", {}, {}, {}, {}
         if not self.resumes:
             expected = self.model.state_dict().keys()
             state, grids, source, ignored = convert_state(in_file, grids, expected)
-            # A start: what was trained as universal is not evaluated as another model.
-            if not self.complete and not different and (copies := copy_operator_to_blocks(state, grids, expected)):
+            # Only to start from: what was trained as universal is not evaluated as another model.
+            starts = not self.complete and (self.strict or not different)
+            if starts and (copies := copy_operator_to_blocks(state, grids, expected)):
                 source += f", its operator copied to {copies} blocks"
             resampled, refused = resample_state(state, self.model, grids)
             if not self.complete:
@@ -169,7 +172,7 @@ class SafeCheckpointer(DetectionCheckpointer):
             inits = sorted({_operators(self.model)[name].config.init for name in starting})
             logger.info(
                 "%s: %d KArAt operators start by MODEL.KARAT.INIT %s: %s",
-                "Weights of other operators" if foreign else "Softmax weights",
+                "Weights of other operators" if has_operators else "Softmax weights",
                 len(starting),
                 ", ".join(inits),
                 ", ".join(starting),
@@ -209,6 +212,9 @@ class SafeCheckpointer(DetectionCheckpointer):
         if incompatible.unexpected_keys:
             unexpected = incompatible.unexpected_keys
             unfit.append(f"{len(unexpected)} tensors have no place in the model:\n{_by_module(unexpected)}")
+            for operator in list(_operators(self.model).values())[:1]:
+                if theirs.get("sharing") not in (None, ours := operator.config.sharing):
+                    unfit.append(f"MODEL.KARAT.SHARING: {theirs['sharing']} in the file, {ours} in the model.")
         if different:
             rows = "\n".join(f"  MODEL.KARAT.{row}" for row in different)
             unfit.append(f"The file's operators are other functions of the same tensors:\n{rows}")

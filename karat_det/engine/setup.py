@@ -106,14 +106,14 @@ def check_model_and_datasets(cfg: CfgNode, training: bool) -> None:
     Raises:
         ValueError, FileNotFoundError: sizes of the model do not fit each other, or see `check_datasets`.
     """
-    check_datasets(cfg, training)
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.DEVICE = "cpu"
+    on_cpu = cfg.clone()
+    on_cpu.defrost()
+    on_cpu.MODEL.DEVICE = "cpu"
     try:
-        build_model(cfg)
+        build_model(on_cpu)
     except (KeyError, AssertionError) as error:  # Detectron2's, where a name is in no registry or a length is wrong
         raise ValueError(f"The model of this config cannot be built: {error}") from None
+    check_datasets(cfg, training)  # Last: a model's mistakes should not wait until a dataset is there.
 
 
 def log_device(cfg: CfgNode, num_gpus: int) -> None:

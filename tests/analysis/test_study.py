@@ -50,7 +50,10 @@ def test_the_projects_study_is_one(configs):
         ({"VARIANTS": {}}, "VARIANTS is"),
         ({"STARTS": ["random"]}, "STARTS is"),
         ({"VARIANTS": {"a": None}}, "VARIANTS 'a' is None"),
-        ({"VARIANTS": {"a": {"MODEL.KARAT.GRIDSIZE": 3}}}, "no key MODEL.KARAT.GRIDSIZE"),
+        (
+            {"VARIANTS": {"a": {"MODEL.KARAT.GRIDSIZE": 3}}},
+            "VARIANTS 'a', with SETTINGS: There is no key",
+        ),
         ({"SETTINGS": {"SOLVER.MAX_ITER": "many"}}, "override does not fit"),
         ({"MORE": 1}, "must have the keys CONFIG, SETTINGS"),
         ({"SEEDS": [1, 2, 1]}, r"SEEDS is \[1, 2, 1\]. Each may be there once"),

@@ -272,20 +272,24 @@ def test_a_universal_operator_is_copied_to_start_from_alone_and_only_whole(confi
 
 def test_a_universal_operator_that_is_another_function_is_left_out(configs, tmp_path, caplog):
     path = save(tmp_path, build(configs, 32, **{"KARAT.SHARING": "universal", "KARAT.INIT": "paper"}))
+    with pytest.raises(ValueError, match="INIT: paper in the file, scaled in the model") as refusal:
+        load_weights(build(configs, 64), path, complete=False)
+    assert "no place" not in str(refusal.value)
+
     large = build(configs, 64)
     before = {key: tensor.clone() for key, tensor in large.state_dict().items() if ".operator." in key}
-    with pytest.raises(ValueError, match="INIT: paper in the file, scaled in the model"):
-        load_weights(large, path, complete=False)
     with caplog.at_level(logging.INFO):
         load_weights(large, path, strict=False, complete=False)
     assert "net.operator.{coefficients, projector}" in caplog.text
     assert "copied" not in caplog.text
+    assert "Weights of other operators: 2 KArAt operators start by MODEL.KARAT.INIT scaled" in caplog.text
     assert all(torch.equal(large.state_dict()[key], tensor) for key, tensor in before.items())
 
 
 def test_one_operator_is_not_made_of_several(configs, tmp_path):
     path = save(tmp_path, build(configs, 32))
-    with pytest.raises(ValueError, match=r"have no place in the model:\n  net\.blocks\.0\.attn\.operator"):
+    message = r"(?s)no place in the model:\n  net\.blocks\.0\.attn\.operator.*SHARING: blockwise in the file"
+    with pytest.raises(ValueError, match=message):
         load_weights(build(configs, 32, **{"KARAT.SHARING": "universal"}), path)
 
 
