@@ -708,7 +708,7 @@ def _prepare(threads: int) -> None:
 def _keep_freed_memory() -> None:
     """Lets malloc use again what large tensors leave, where as it is it gives them back and asks for pages anew.
 
-    Those are millions of page faults a step and a third of its time, which varies by more than models differ.
+    Those are millions of page faults a step, whose time varies by more than the models differ.
     """
     _set_malloc(_M_MMAP_MAX, 0)
     _set_malloc(_M_TRIM_THRESHOLD, -1)
