@@ -16,7 +16,8 @@ import karat_det  # noqa: F401  before Detectron2, whose imports warn of their o
 import torch
 from detectron2.utils.logger import setup_logger
 
-from karat_det.analysis.benchmark import PARTS, Turns, run_benchmark, write_report
+from karat_det.analysis.benchmark import PARTS, Turns, run_benchmark
+from karat_det.analysis.benchmark_report import write_report
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "vitdet_karat.yaml"
 

@@ -7,7 +7,6 @@ which the CPU's memory that tensors free is used again, as PyTorch does on CUDA.
 """
 
 import ctypes
-import json
 import logging
 import multiprocessing
 import platform
@@ -17,12 +16,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from detectron2.config import CfgNode
@@ -33,7 +31,6 @@ from detectron2.modeling.backbone.utils import get_rel_pos
 from detectron2.solver import build_lr_scheduler
 from detectron2.structures import Boxes, BoxMode, Instances
 from fvcore.nn import FlopCountAnalysis
-from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -44,59 +41,13 @@ from ..config import image_size, karat_config
 from ..engine.optimizer import build_optimizer
 from ..engine.setup import load_cfg
 from ..engine.trainer import Step
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from .benchmark_report import Comparison, Results, ScalingPoint
 
 logger = logging.getLogger(__name__)
 
 PARTS = ("core", "step", "inference", "scaling")
 # Token grids of the scaling part, N = 49 to 4096.
 GRIDS = ((7, 7), (14, 14), (20, 20), (32, 32), (64, 64))
-_UNITS = {"ms": 1e-3, "s": 1.0, "MiB": 2.0**20, "million multiply-adds": 1e6, "images/s": 1.0}
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One row of the table.
-
-    Attributes:
-        measured: what was measured.
-        over: what it is compared with.
-        value, reference: of the two, in seconds, bytes, multiply-adds or images a second.
-        unit: they are shown in: a key of _UNITS.
-        goal: what the ratio should not exceed on two CPU cores with the default sizes, if it has one.
-    """
-
-    measured: str
-    over: str
-    value: float
-    reference: float
-    unit: str
-    goal: float | None = None
-
-    @property
-    def ratio(self) -> float:
-        return self.value / self.reference
-
-
-@dataclass(frozen=True)
-class ScalingPoint:
-    """One attention core at one number of tokens: seconds of forward and backward, bytes of memory they add."""
-
-    variant: str
-    num_tokens: int
-    seconds: float
-    peak_bytes: int
-
-
-@dataclass
-class Results:
-    """What a benchmark found; `machine` says where."""
-
-    machine: str
-    comparisons: list[Comparison] = field(default_factory=list)
-    scaling: list[ScalingPoint] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -509,94 +460,6 @@ def describe_machine(device: str) -> str:
     if device == "cuda":
         machine = f"{torch.cuda.get_device_name()}, {machine}"
     return f"{machine}, PyTorch {torch.__version__}"
-
-
-def write_report(results: Results, output_dir: str | Path) -> str:
-    """Writes results.json, table.md where rows were measured, and scaling.png where scaling was.
-
-    Returns:
-        The table, in Markdown.
-    """
-    output_dir = Path(output_dir)
-    rows = [{**asdict(comparison), "ratio": comparison.ratio} for comparison in results.comparisons]
-    content = {**asdict(results), "comparisons": rows}
-    (output_dir / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    table = f"Measured on {results.machine}. A ratio of 1.00 is what the other one takes; less is better. "
-    table += "A goal is for two CPU cores, and the default sizes and config.\n"
-    if rows:
-        table += "\n" + tabulate(
-            [
-                (
-                    c.measured,
-                    c.over,
-                    f"{c.ratio:.2f}",
-                    "" if c.goal is None else f"≤ {c.goal:.2f}",
-                    f"{_shown(c.value, c.unit)} : {_shown(c.reference, c.unit)} {c.unit}",
-                )
-                for c in results.comparisons
-            ],
-            ("measured", "compared with", "ratio", "goal", "values"),
-            tablefmt="github",
-            disable_numparse=True,
-        )
-        table += "\n"
-    if results.scaling:
-        tokens = sorted({point.num_tokens for point in results.scaling})
-        points = {(point.variant, point.num_tokens): point for point in results.scaling}
-        table += "\nForward + backward of one image, 12 heads of 64, over N tokens: time, peak memory added.\n\n"
-        table += tabulate(
-            [
-                [
-                    name,
-                    *(
-                        f"{_shown(points[name, n].seconds, 'ms')} ms, {_shown(points[name, n].peak_bytes, 'MiB')} MiB"
-                        if (name, n) in points
-                        else "left out"
-                        for n in tokens
-                    ),
-                ]
-                for name in VARIANTS
-                if any((name, n) in points for n in tokens)
-            ],
-            ("attention core", *(f"N = {n}" for n in tokens)),
-            tablefmt="github",
-            disable_numparse=True,
-        )
-        table += "\n"
-        plot_scaling(results.scaling, output_dir / "scaling.png")
-    (output_dir / "table.md").write_text(table, encoding="utf-8")
-    return table
-
-
-def plot_scaling(points: Sequence[ScalingPoint], path: str | Path) -> None:
-    """Draws time and peak memory over the number of tokens, both axes logarithmic, a line for each variant."""
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5))
-    tokens = sorted({point.num_tokens for point in points})
-    for panel, attribute, unit, title in (
-        (panels[0], "seconds", "ms", "time of forward + backward"),
-        (panels[1], "peak_bytes", "MiB", "peak memory that they add"),
-    ):
-        for name in VARIANTS:
-            line = sorted((p.num_tokens, getattr(p, attribute) / _UNITS[unit]) for p in points if p.variant == name)
-            if line:
-                panel.plot(*zip(*line, strict=True), "o-", markersize=4, label=name)
-        panel.set_xscale("log")
-        panel.set_yscale("log")
-        panel.set_xticks(tokens, tokens)
-        panel.minorticks_off()
-        panel.set_xlabel("N, tokens that attend to each other")
-        panel.set_ylabel(unit)
-        panel.set_title(title)
-        panel.grid(color="0.9")
-    panels[0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def _shown(value: float, unit: str) -> str:
-    value /= _UNITS[unit]
-    return f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}"
 
 
 def _describe(cfg: CfgNode, config_file: str, opts: Sequence[str], batch_size: int) -> str:

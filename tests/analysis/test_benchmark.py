@@ -17,9 +17,6 @@ from karat_det.analysis.benchmark import (
     VARIANTS,
     AttentionCore,
     AttentionShape,
-    Comparison,
-    Results,
-    ScalingPoint,
     Turns,
     bytes_kept,
     compare_cores,
@@ -29,8 +26,8 @@ from karat_det.analysis.benchmark import (
     multiply_adds,
     peak_memory,
     synthetic_batch,
-    write_report,
 )
+from karat_det.analysis.benchmark_report import Comparison, Results, ScalingPoint, write_report
 from karat_det.engine.setup import load_cfg
 
 SMALL = AttentionShape(batch_size=2, num_heads=3, grid=(4, 5), head_dim=8, rank=4)
