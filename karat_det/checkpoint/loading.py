@@ -95,9 +95,8 @@ class SafeCheckpointer(DetectionCheckpointer):
         path = os.path.join(self.save_dir, f"{name}.pth")
         logger.info("Saving checkpoint to %s", path)
         model = {"model": self.model.state_dict(), "token_grids": token_grids(self.model)}
-        # All operators of a model have one config.
-        for operator in list(_operators(self.model).values())[:1]:
-            model["operator_config"] = asdict(operator.config)
+        if config := _operator_config(self.model):
+            model["operator_config"] = config
         partial = f"{path}.partial"
         try:
             torch.save({**model, **states, **extra}, partial)
@@ -132,7 +131,8 @@ class SafeCheckpointer(DetectionCheckpointer):
         in_file = dict(checkpoint["model"])
         grids = checkpoint.pop("token_grids", {})
         theirs = checkpoint.pop("operator_config", {})
-        different = self._different_settings(theirs)
+        ours = _operator_config(self.model)
+        different = _different_settings(theirs, ours)
         has_operators = any(key.endswith("operator.coefficients") for key in in_file)
         source, ignored, foreign, resampled, refused = "", {}, {}, {}, {}
         if not self.resumes:
@@ -212,9 +212,9 @@ class SafeCheckpointer(DetectionCheckpointer):
         if incompatible.unexpected_keys:
             unexpected = incompatible.unexpected_keys
             unfit.append(f"{len(unexpected)} tensors have no place in the model:\n{_by_module(unexpected)}")
-            for operator in list(_operators(self.model).values())[:1]:
-                if theirs.get("sharing") not in (None, ours := operator.config.sharing):
-                    unfit.append(f"MODEL.KARAT.SHARING: {theirs['sharing']} in the file, {ours} in the model.")
+            sharing = theirs.get("sharing"), ours.get("sharing")
+            if all(sharing) and len(set(sharing)) > 1:
+                unfit.append("MODEL.KARAT.SHARING: {} in the file, {} in the model.".format(*sharing))
         if different:
             rows = "\n".join(f"  MODEL.KARAT.{row}" for row in different)
             unfit.append(f"The file's operators are other functions of the same tensors:\n{rows}")
@@ -234,16 +234,6 @@ class SafeCheckpointer(DetectionCheckpointer):
             raise ValueError("The weights do not fit the model. " + "\n".join(complaints) + remedy)
         # All is said above: the caller would only say it again.
         return None
-
-    def _different_settings(self, theirs: dict[str, Any]) -> list[str]:
-        """What makes operators whose config has these fields other functions than the model's."""
-        ours = next((asdict(operator.config) for operator in _operators(self.model).values()), {})
-        splines = _SPLINE if theirs.get("basis") == ours.get("basis") == "bspline" else ()
-        return [
-            f"{field.upper()}: {theirs[field]} in the file, {ours[field]} in the model"
-            for field in _FUNCTION + splines
-            if field in theirs and field in ours and theirs[field] != ours[field]
-        ]
 
 
 def load_weights(
@@ -316,6 +306,21 @@ def _lacking_parts(model: nn.Module, loaded: Collection[str], absent: Collection
             lacking["all of it" if len(names) == len(keys) else ", ".join(names)].append(part)
     rows = "\n".join(f"  {', '.join(parts)}: {names}" for names, parts in lacking.items())
     return f"The file lacks a part of the model's {kind}:\n{rows}" if rows else ""
+
+
+def _operator_config(model: nn.Module) -> dict[str, Any]:
+    """Fields of the config that all operators of a model have; {} if it has none."""
+    return next((asdict(operator.config) for operator in _operators(model).values()), {})
+
+
+def _different_settings(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """What makes operators whose config has these fields other functions than the model's."""
+    splines = _SPLINE if theirs.get("basis") == ours.get("basis") == "bspline" else ()
+    return [
+        f"{field.upper()}: {theirs[field]} in the file, {ours[field]} in the model"
+        for field in _FUNCTION + splines
+        if field in theirs and field in ours and theirs[field] != ours[field]
+    ]
 
 
 def _operators(model: nn.Module) -> dict[str, KArAtOperator]:
