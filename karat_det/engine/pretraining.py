@@ -22,7 +22,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter, get_event_storage
 from PIL import Image
 from timm.data import FastCollateMixup, create_loader
-from timm.data.auto_augment import RandAugment, posterize, rand_augment_transform
+from timm.data.auto_augment import RandAugment, posterize
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
@@ -33,6 +33,7 @@ from ..backbones.classifiers import build_classifier
 from ..checkpoint.loading import SafeCheckpointer, check_weights_file, load_weights
 from ..config import pretrain_config
 from ..data.classification import NO_LABEL, LabelledImages, build_datasets
+from .checks import check_pretrain_config, mixes_labels
 from .optimizer import FULL_MODEL, NO_WEIGHT_DECAY
 from .setup import merge
 from .trainer import Step, autocast_arguments
@@ -65,7 +66,7 @@ def load_pretrain_cfg(config_file: str, opts: list[str], data: str = "") -> CfgN
     merge(cfg, config_file, opts)
     if data:
         cfg.DATA.ROOT = data
-    _check(cfg)
+    check_pretrain_config(cfg)
     cfg.freeze()
     return cfg
 
@@ -228,7 +229,7 @@ class WithLoss(nn.Module):
         self.model = model
         smoothing = cfg.AUG.LABEL_SMOOTHING
         # Mixed labels are smooth already.
-        self.criterion = SoftTargetCrossEntropy() if _mixes(cfg) else LabelSmoothingCrossEntropy(smoothing)
+        self.criterion = SoftTargetCrossEntropy() if mixes_labels(cfg) else LabelSmoothingCrossEntropy(smoothing)
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         images, targets = batch
@@ -261,7 +262,7 @@ def build_train_loader(cfg: CfgNode, model: nn.Module, images: LabelledImages):
         color_jitter=cfg.AUG.COLOR_JITTER,
         auto_augment=cfg.AUG.RAND_AUGMENT or None,
         interpolation="random",
-        collate_fn=mixup if _mixes(cfg) else None,
+        collate_fn=mixup if mixes_labels(cfg) else None,
         distributed=comm.get_world_size() > 1,
         **_common_to_loaders(cfg, model),
     )
@@ -447,10 +448,6 @@ def _check_classes(what: str, theirs: list[str], ours: list[str]) -> None:
         )
 
 
-def _mixes(cfg: CfgNode) -> bool:
-    return cfg.AUG.MIX_PROB > 0 and (cfg.AUG.MIXUP > 0 or cfg.AUG.CUTMIX > 0)
-
-
 def _common_to_loaders(cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
     return {
         "input_size": (3, *model.patch_embed.img_size),
@@ -462,77 +459,3 @@ def _common_to_loaders(cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
         "pin_memory": cfg.MODEL.DEVICE != "cpu",
         "device": torch.device(cfg.MODEL.DEVICE),
     }
-
-
-def _check(cfg: CfgNode) -> None:
-    """Checks the keys that no builder checks before the data has been read or hours have passed."""
-    world_size = comm.get_world_size()
-    solver, aug = cfg.SOLVER, cfg.AUG
-    if solver.IMS_PER_BATCH < 1 or solver.IMS_PER_BATCH % world_size:
-        raise ValueError(
-            f"SOLVER.IMS_PER_BATCH is {solver.IMS_PER_BATCH}. It must be at least 1, and a multiple of the number of "
-            f"processes, {world_size}."
-        )
-    if _mixes(cfg) and solver.IMS_PER_BATCH // world_size % 2:
-        raise ValueError(
-            f"SOLVER.IMS_PER_BATCH is {solver.IMS_PER_BATCH}, {solver.IMS_PER_BATCH // world_size} for each of "
-            f"{world_size} processes. Mixup and cutmix pair images, so it must be even; or set AUG.MIX_PROB 0.0."
-        )
-    for key, value, least in (
-        ("SOLVER.EPOCHS", solver.EPOCHS, 1),
-        ("SOLVER.WARMUP_EPOCHS", solver.WARMUP_EPOCHS, 0),
-        ("TEST.EVAL_PERIOD", cfg.TEST.EVAL_PERIOD, 1),
-        ("DATA.NUM_CLASSES", cfg.DATA.NUM_CLASSES, 0),
-        ("DATALOADER.NUM_WORKERS", cfg.DATALOADER.NUM_WORKERS, 0),
-        ("SEED", cfg.SEED, 0),
-        ("AUG.MIXUP", aug.MIXUP, 0),
-        ("AUG.CUTMIX", aug.CUTMIX, 0),
-        ("AUG.COLOR_JITTER", aug.COLOR_JITTER, 0),
-        ("SOLVER.WEIGHT_DECAY", solver.WEIGHT_DECAY, 0),
-    ):
-        if value < least:
-            raise ValueError(f"{key} is {value}. It must be at least {least}.")
-    for key in ("BASE_LR", "WARMUP_LR", "MIN_LR", "EPS"):
-        if not solver[key] > 0:
-            raise ValueError(f"SOLVER.{key} is {solver[key]}. It must be above 0.")
-    if solver.WARMUP_EPOCHS >= solver.EPOCHS:
-        raise ValueError(
-            f"SOLVER.WARMUP_EPOCHS is {solver.WARMUP_EPOCHS}. It must be below SOLVER.EPOCHS, {solver.EPOCHS}."
-        )
-    for key, value in (
-        ("AUG.FLIP", aug.FLIP),
-        ("AUG.MIX_PROB", aug.MIX_PROB),
-        ("AUG.CUTMIX_PROB", aug.CUTMIX_PROB),
-        ("AUG.LABEL_SMOOTHING", aug.LABEL_SMOOTHING),
-        ("SOLVER.EMA_DECAY", solver.EMA_DECAY),
-        ("TEST.CROP_RATIO", cfg.TEST.CROP_RATIO),
-    ):
-        may_be_1 = key not in ("AUG.LABEL_SMOOTHING", "SOLVER.EMA_DECAY")
-        if not 0 <= value <= 1 or (value == 1 and not may_be_1):
-            raise ValueError(f"{key} is {value}. It must be from 0 to {'1' if may_be_1 else 'below 1'}.")
-    if not cfg.TEST.CROP_RATIO:
-        raise ValueError("TEST.CROP_RATIO is 0. It must be above 0 and at most 1.")
-    for key in ("MEAN", "STD"):
-        values = tuple(cfg.DATA[key])
-        if len(values) != 3 or (key == "STD" and min(values) <= 0):
-            raise ValueError(
-                f"DATA.{key} is {values}. It must have a number for each of red, green and blue, of values from 0 to 1"
-                f"{', above 0' if key == 'STD' else ''}."
-            )
-    for key in ("SCALE", "RATIO"):
-        bounds = tuple(aug[key])
-        if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]:
-            raise ValueError(f"AUG.{key} is {bounds}. It must be (smallest, largest), both above 0.")
-    if aug.RAND_AUGMENT:
-        try:
-            rand_augment_transform(aug.RAND_AUGMENT)
-        except (AssertionError, ValueError) as error:  # what timm raises
-            raise ValueError(
-                f"AUG.RAND_AUGMENT is {aug.RAND_AUGMENT!r}. It must be '' or RandAugment in timm's words, such as "
-                f"'rand-m9-mstd0.5-inc1'. {error}".rstrip()
-            ) from error
-    known = (FULL_MODEL, "norm", "value")
-    if solver.CLIP_GRADIENTS.CLIP_TYPE not in known:
-        raise ValueError(
-            f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {solver.CLIP_GRADIENTS.CLIP_TYPE!r}. Known: {', '.join(known)}."
-        )

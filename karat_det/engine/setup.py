@@ -15,9 +15,8 @@ from detectron2.modeling import build_model
 from detectron2.utils import comm
 
 from ..config import add_karat_config
-from ..data.mapper import build_augmentation
 from ..data.registration import check_datasets, register_from_config
-from .optimizer import FULL_MODEL
+from .checks import check_detector_config
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +41,7 @@ def load_cfg(config_file: str, opts: list[str], own_data_needed: bool = True) ->
     cfg = get_cfg()
     add_karat_config(cfg)
     merge(cfg, config_file, opts)
-    _check(cfg)
+    check_detector_config(cfg)
     try:
         register_from_config(cfg)
     except FileNotFoundError as error:
@@ -178,44 +177,6 @@ def run_distributed(main: Callable[..., Any], args: Any) -> None:
     if args.num_gpus > torch.cuda.device_count():
         raise ValueError(f"--num-gpus is {args.num_gpus}, but this machine has {torch.cuda.device_count()}.")
     launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
-
-
-def _check(cfg: CfgNode) -> None:
-    """Checks the keys that no builder checks before the datasets have been read or hours have passed."""
-    clip = cfg.SOLVER.CLIP_GRADIENTS
-    for key, value, allowed in (
-        ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", clip.CLIP_TYPE, (FULL_MODEL, "norm", "value")),
-        ("SOLVER.LR_SCHEDULER_NAME", cfg.SOLVER.LR_SCHEDULER_NAME, ("WarmupMultiStepLR", "WarmupCosineLR")),
-        ("INPUT.MASK_FORMAT", cfg.INPUT.MASK_FORMAT, ("polygon", "bitmask")),
-        ("INPUT.CROP.TYPE", cfg.INPUT.CROP.TYPE, ("relative", "relative_range", "absolute", "absolute_range")),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{key} is {value!r}, which is unknown. Known: {', '.join(allowed)}.")
-    build_augmentation(cfg, is_train=True)
-    for key in ("MAX_ITER", "IMS_PER_BATCH", "CHECKPOINT_PERIOD"):
-        if cfg.SOLVER[key] < 1:
-            raise ValueError(f"SOLVER.{key} is {cfg.SOLVER[key]}. It must be at least 1.")
-    if not 0 < cfg.SOLVER.LAYER_DECAY <= 1:
-        raise ValueError(f"SOLVER.LAYER_DECAY is {cfg.SOLVER.LAYER_DECAY}. It must be above 0 and at most 1.")
-    if cfg.SOLVER.LAYER_DECAY != 1 and cfg.MODEL.BACKBONE.NAME != "build_vitdet_karat_backbone":
-        raise ValueError(
-            f"SOLVER.LAYER_DECAY is {cfg.SOLVER.LAYER_DECAY}, which is for build_vitdet_karat_backbone. With "
-            f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} it must be 1.0."
-        )
-    if not cfg.SOLVER.OPERATOR_LR_FACTOR > 0:
-        raise ValueError(f"SOLVER.OPERATOR_LR_FACTOR is {cfg.SOLVER.OPERATOR_LR_FACTOR}. It must be above 0.")
-    world_size = comm.get_world_size()
-    if cfg.SOLVER.IMS_PER_BATCH % world_size:
-        raise ValueError(
-            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which the {world_size} processes do not divide."
-        )
-    tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
-    metrics = [f"{task}/{metric}" for task in tasks for metric in ("AP", "AP50", "AP75", "APs", "APm", "APl")]
-    if cfg.TEST.BEST_METRIC not in ("", *metrics):
-        raise ValueError(
-            f"TEST.BEST_METRIC is {cfg.TEST.BEST_METRIC!r}. With MODEL.MASK_ON {cfg.MODEL.MASK_ON} it must be "
-            f"empty or one of {', '.join(metrics)}."
-        )
 
 
 def _keys(cfg: CfgNode, prefix: str = ""):

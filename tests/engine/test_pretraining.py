@@ -279,32 +279,11 @@ def test_top_1_and_top_5_count_each_image_once():
     assert figures["val_loss"] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        ({"SOLVER.IMS_PER_BATCH": 3}, r"SOLVER\.IMS_PER_BATCH is 3, .*must be even; or set AUG\.MIX_PROB 0"),
-        ({"SOLVER.IMS_PER_BATCH": 0}, r"SOLVER\.IMS_PER_BATCH is 0\. It must be at least 1"),
-        ({"SOLVER.WARMUP_EPOCHS": 3}, r"SOLVER\.WARMUP_EPOCHS is 3\. It must be below SOLVER\.EPOCHS, 3"),
-        ({"SOLVER.EPOCHS": 0}, r"SOLVER\.EPOCHS is 0\. It must be at least 1"),
-        ({"SOLVER.EMA_DECAY": 1.0}, r"SOLVER\.EMA_DECAY is 1\.0\. It must be from 0 to below 1"),
-        ({"SOLVER.BASE_LR": 0.0}, r"SOLVER\.BASE_LR is 0\.0\. It must be above 0"),
-        ({"AUG.MIX_PROB": 1.5}, r"AUG\.MIX_PROB is 1\.5\. It must be from 0 to 1"),
-        ({"DATA.MEAN": "(0.5, 0.5)"}, r"DATA\.MEAN is \(0\.5, 0\.5\)\. It must have a number for each of red, green"),
-        ({"DATA.STD": "(0.5, 0.5, 0.0)"}, r"DATA\.STD is .* from 0 to 1, above 0\."),
-        ({"AUG.SCALE": "(1.0, 0.5)"}, r"AUG\.SCALE is \(1\.0, 0\.5\)\. It must be \(smallest, largest\)"),
-        ({"AUG.RAND_AUGMENT": "m9"}, r"AUG\.RAND_AUGMENT is 'm9'"),
-        ({"AUG.RAND_AUGMENT": "rand-x9"}, r"AUG\.RAND_AUGMENT is 'rand-x9'.*Unknown RandAugment config section"),
-        ({"AUG.RAND_AUGMENT": "rand-m9.5"}, r"AUG\.RAND_AUGMENT is 'rand-m9\.5'"),
-        ({"SOLVER.CLIP_GRADIENTS.CLIP_TYPE": "total"}, r"CLIP_TYPE is 'total'\. Known: full_model, norm, value"),
-        ({"TEST.CROP_RATIO": 0.0}, r"TEST\.CROP_RATIO is 0"),
-        ({"SEED": -1}, r"SEED is -1\. It must be at least 0"),
-        ({"SOLVER.EPOCH": 3}, r"There is no key SOLVER\.EPOCH\. Did you mean SOLVER\.EPOCHS"),
-        ({"MODEL.VIT.DEPTH": 3}, r"There is no key MODEL\.VIT\.DEPTH"),
-    ],
-)
-def test_mistakes_in_the_config_are_named(make_cfg, overrides, message):
-    with pytest.raises(ValueError, match=message):
-        make_cfg(**overrides)
+def test_unknown_keys_are_named(make_cfg):
+    with pytest.raises(ValueError, match=r"There is no key SOLVER\.EPOCH\. Did you mean SOLVER\.EPOCHS"):
+        make_cfg(**{"SOLVER.EPOCH": 3})
+    with pytest.raises(ValueError, match=r"There is no key MODEL\.VIT\.DEPTH"):
+        make_cfg(**{"MODEL.VIT.DEPTH": 3})
 
 
 def test_too_few_images_for_one_step(make_cfg):

@@ -58,17 +58,6 @@ def test_the_six_rows_of_the_papers_detection_table(configs, variant, start):
         (["MODEL.KARAT", "3"], "There is no key MODEL.KARAT"),
         (["SOLVER.MAX_ITER"], "pairs KEY VALUE; these are 1 words"),
         (["SOLVER.MAX_ITER", "many"], "SOLVER.MAX_ITER"),
-        (["SOLVER.MAX_ITER", "0"], "SOLVER.MAX_ITER is 0. It must be at least 1"),
-        (["SOLVER.LAYER_DECAY", "1.5"], "SOLVER.LAYER_DECAY is 1.5"),
-        (["SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "sum"], "CLIP_TYPE is 'sum'.*full_model, norm, value"),
-        (["SOLVER.LR_SCHEDULER_NAME", "Cosine"], "SOLVER.LR_SCHEDULER_NAME is 'Cosine'.*WarmupCosineLR"),
-        (["INPUT.RESIZE", "stretch"], "INPUT.RESIZE is 'stretch'.*'fixed' or 'lsj'"),
-        (["INPUT.CROP.ENABLED", "True", "INPUT.CROP.TYPE", "half"], "INPUT.CROP.TYPE is 'half'.*relative_range"),
-        (["TEST.BEST_METRIC", "segm/mAP"], "TEST.BEST_METRIC is 'segm/mAP'.*segm/AP"),
-        (
-            ["MODEL.MASK_ON", "False", "TEST.BEST_METRIC", "segm/AP"],
-            "TEST.BEST_METRIC is 'segm/AP'. With MODEL.MASK_ON",
-        ),
     ],
 )
 def test_overrides_that_do_not_fit_are_named(configs, opts, message):
