@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
-from detectron2.data.detection_utils import read_image
 from detectron2.evaluation import inference_context
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import BoxMode, Instances
@@ -28,7 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from tqdm import tqdm
 
-from ..data.mapper import unreadable_image_named
+from ..data.images import read_image
 
 logger = logging.getLogger(__name__)
 
@@ -100,14 +99,14 @@ def image_records(paths: Sequence[str]) -> list[dict[str, Any]]:
         if not os.path.exists(path):
             raise FileNotFoundError(f"There is no image or folder {path} (--input). Name one that is there.")
         if not os.path.isdir(path):
-            _read(path)
+            read_image(path, "RGB")
             files[os.path.realpath(path)] = None
             continue
         entries = sorted(entry.path for entry in os.scandir(path) if entry.is_file())
         skipped = []
         for entry in entries:
             try:
-                _read(entry)
+                read_image(entry, "RGB")
                 files[os.path.realpath(entry)] = None
             except OSError:
                 skipped.append(os.path.basename(entry))
@@ -174,7 +173,7 @@ def predict(
     with inference_context(model), torch.no_grad():
         # Drawing takes longer than reading, so loader processes would gain nothing.
         for record, path in zip(tqdm(records, unit="image"), picture_paths(records, output_dir), strict=True):
-            image = _read(record["file_name"])
+            image = read_image(record["file_name"], "RGB")
             height, width = image.shape[:2]
             sized = {"height": height, "width": width, **record}
             instances = model([mapper(sized)])[0]["instances"].to("cpu")
@@ -297,12 +296,6 @@ def _colors(classes: Sequence[int], boxes: np.ndarray) -> list[tuple[float, floa
         colors[i] = colorsys.hsv_to_rgb(hue % 1, 0.9, 1.0)
         seen[classes[i]] += 1
     return colors
-
-
-def _read(path: str) -> np.ndarray:
-    """Reads an image as RGB of shape (H, W, 3), uint8, turned as its EXIF data says. Raises OSError, naming it."""
-    with unreadable_image_named(path):
-        return read_image(path, "RGB")
 
 
 def _write_json(path: Path, content: Any) -> None:

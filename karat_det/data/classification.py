@@ -17,7 +17,7 @@ from PIL import Image
 from torchvision import datasets as torchvision_datasets
 
 from .digits import generate_crops
-from .mapper import unreadable_image_named
+from .images import read_upright, unreadable_image_named, upright_8_bit
 from .registration import MAX_IMAGES_OPENED
 
 logger = logging.getLogger(__name__)
@@ -137,14 +137,15 @@ class LabelledImages(torch.utils.data.Dataset):
         if self.broken[index]:
             return None, NO_LABEL
         try:
-            with unreadable_image_named(f"number {index} of {self.split.place}"):
+            name = f"number {index} of {self.split.place}"
+            with unreadable_image_named(name):
                 image, label = self.split.samples[index]
             if image is None:
                 raise OSError(f"Number {index} of {self.split.place} has no image.")
             if isinstance(image, str):
-                with unreadable_image_named(image), Image.open(image) as file:
-                    return file.convert("RGB"), label
-            return image.convert("RGB"), label
+                return read_upright(image).convert("RGB"), label
+            with unreadable_image_named(name):
+                return upright_8_bit(image, name).convert("RGB"), label
         except OSError as error:
             self._count(index, error)
             return None, NO_LABEL

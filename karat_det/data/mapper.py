@@ -7,22 +7,20 @@ and cropped to height × width at most; in testing, it becomes as large as fits 
 smaller.
 """
 
+import copy
 import importlib.util
-import struct
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import detectron2.data.transforms as T
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper
+from detectron2.data import DatasetMapper, detection_utils
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
-from PIL import Image
 
 from ..config import image_size
+from .images import read_image
 
 # Masks that Pillow has resized cannot be written to; Detectron2 makes tensors of them and only reads these.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable", module="detectron2")
@@ -98,9 +96,27 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> DatasetMapper:
 
 class _Mapper(DatasetMapper):
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
-        # More than reading goes on inside: what else is wrong is not the image's fault.
-        with unreadable_image_named(dataset_dict["file_name"], _OF_READING):
-            return super().__call__(dataset_dict)
+        """As Detectron2's, but for the reader, which has no hook there."""
+        example = copy.deepcopy(dataset_dict)
+        image = read_image(example["file_name"], self.image_format)
+        detection_utils.check_image_size(example, image)
+        segmentation = None
+        if "sem_seg_file_name" in example:
+            segmentation = detection_utils.read_image(example["sem_seg_file_name"], "L").squeeze(2)
+        augmented = T.AugInput(image, sem_seg=segmentation)
+        transforms = self.augmentations(augmented)
+        image_shape = augmented.image.shape[:2]  # (H, W)
+        example["image"] = torch.as_tensor(np.ascontiguousarray(augmented.image.transpose(2, 0, 1)))
+        if segmentation is not None:
+            example["sem_seg"] = torch.as_tensor(augmented.sem_seg.astype("long"))
+        if self.proposal_topk is not None:
+            detection_utils.transform_proposals(example, image_shape, transforms, proposal_topk=self.proposal_topk)
+        if not self.is_train:
+            example.pop("annotations", None)
+        elif "annotations" in example:
+            self._transform_annotations(example, transforms, image_shape)
+        example.pop("sem_seg_file_name", None)
+        return example
 
     def _transform_annotations(
         self, dataset_dict: dict[str, Any], transforms: T.TransformList, image_shape: tuple[int, int]
@@ -123,26 +139,3 @@ class _Mapper(DatasetMapper):
             bitmask = self.instance_mask_format == "bitmask"
             instances.gt_masks = BitMasks(torch.zeros(0, *image_shape)) if bitmask else PolygonMasks([])
         dataset_dict["instances"] = instances
-
-
-# What Pillow raises for most of the files that it cannot read.
-_OF_READING = (OSError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
-
-
-@contextmanager
-def unreadable_image_named(
-    file_name: str, errors: type[Exception] | tuple[type[Exception], ...] = Exception
-) -> Iterator[None]:
-    """Turns whatever Pillow raises for a missing, truncated or foreign file into an OSError that names it.
-
-    By default that is any error, since a broken header may be any: ValueError, TypeError, zlib.error and others.
-    """
-    try:
-        yield
-    except MemoryError:
-        raise
-    except errors as error:
-        raise OSError(
-            f"Cannot read the image {file_name}: {type(error).__name__}: {error}. "
-            "Replace the file, or take it out of the dataset."
-        ) from error

@@ -19,7 +19,7 @@ from detectron2.data.datasets import register_coco_instances
 from PIL import ExifTags, Image
 
 from .digits import DIGITS_NAMES
-from .mapper import unreadable_image_named
+from .images import unreadable_image_named
 
 Record = dict[str, Any]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 
 from karat_det.config import pretrain_config
 from karat_det.data import classification
@@ -174,6 +174,29 @@ def test_a_broken_image_to_validate_on_has_no_label():
     samples = [("nowhere.png", 0)] + [(Image.new("L", (3, 3)), 1)] * 1999
     images = LabelledImages(Split("here", ["a", "b"], samples), is_train=False)
     assert images[0][1] == NO_LABEL and images[1][1] == 1
+
+
+def test_images_are_upright_and_of_8_bits(tmp_path):
+    """Files and images that are decoded already, in any of Pillow's modes."""
+    grey = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(np.rot90(grey) * np.uint16(257)).save(tmp_path / "x.png", exif=exif)
+    decoded = Image.open(tmp_path / "x.png")
+    float_image = Image.fromarray(grey.astype(np.float32) / 255)
+    samples = [(each, 0) for each in (str(tmp_path / "x.png"), decoded, float_image, Image.fromarray(grey))]
+    for is_train in (True, False):
+        images = LabelledImages(Split("here", ["a"], samples), is_train=is_train)
+        for i in range(4):
+            assert images[i][0].mode == "RGB"
+            np.testing.assert_array_equal(images[i][0], np.repeat(grey[..., None], 3, axis=2))
+
+
+def test_an_image_whose_range_is_not_known_is_a_broken_one(caplog):
+    samples = [(Image.fromarray(np.full((8, 8), 200, np.float32)), 0)] + [(Image.new("L", (8, 8)), 0)] * 999
+    images = LabelledImages(Split("the table", ["a"], samples), is_train=False)
+    assert images[0][1] == NO_LABEL
+    assert "number 0 of the table" in caplog.text and "must be from 0 to 1" in caplog.text
 
 
 def test_a_row_without_an_image_is_a_broken_one(caplog):

@@ -271,6 +271,34 @@ def test_unreadable_image_is_named(cfg, records, own, spoil, is_train):
         build_mapper(cfg, is_train)(records[0])
 
 
+@pytest.mark.parametrize("is_train", [True, False])
+def test_images_of_16_bits_are_scaled(cfg, records, own, is_train):
+    cfg.INPUT.RANDOM_FLIP = "none"
+    grey = np.random.default_rng(0).integers(256, size=(30, 40), dtype=np.uint8)
+    Image.fromarray(grey).save(own.image_dir / "1.png")
+    mapper = build_mapper(cfg, is_train)
+    of_8_bits = mapper(records[0])["image"]
+    Image.fromarray(grey * np.uint16(257)).save(own.image_dir / "1.png")
+    torch.testing.assert_close(mapper(records[0])["image"], of_8_bits)
+
+
+def test_segmentations_and_proposals_come_as_from_detectron2(cfg, records, own):
+    Image.fromarray(np.arange(1200, dtype=np.uint8).reshape(30, 40)).save(own.image_dir / "segmentation.png")
+    proposals = {
+        "proposal_boxes": np.array([[1.0, 2, 30, 20], [5, 6, 9, 9]]),
+        "proposal_objectness_logits": np.array([2.0, 1.0]),
+        "proposal_bbox_mode": BoxMode.XYXY_ABS,
+    }
+    record = {**records[0], **proposals, "sem_seg_file_name": str(own.image_dir / "segmentation.png")}
+    arguments = DatasetMapper.from_config(cfg, True)
+    arguments.update(augmentations=build_augmentation(cfg, False), precomputed_proposal_topk=1)
+    expected, example = (each(**arguments)(record) for each in (DatasetMapper, type(build_mapper(cfg, True))))
+    assert set(example) == set(expected)
+    for key in ("image", "sem_seg"):
+        torch.testing.assert_close(example[key], expected[key])
+    torch.testing.assert_close(example["proposals"].proposal_boxes.tensor, expected["proposals"].proposal_boxes.tensor)
+
+
 def test_image_of_another_size_than_its_record_says_is_named(cfg, records, own):
     Image.new("RGB", (10, 10)).save(own.image_dir / "1.png")
     with pytest.raises(detection_utils.SizeMismatchError, match=r"images/1\.png"):
