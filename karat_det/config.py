@@ -96,6 +96,10 @@ def add_karat_config(cfg: CN) -> None:
     cfg.SOLVER.LAYER_DECAY = 1.0
     # Learning rate of the operators' coefficients and projectors over that of the block that they are in.
     cfg.SOLVER.OPERATOR_LR_FACTOR = 1.0
+    # Beside CHECKPOINT_PERIOD, minutes after which a run is saved, as model_last.pth; 0.0 is never.
+    cfg.SOLVER.CHECKPOINT_MINUTES = 0.0
+    # How many of the checkpoints of CHECKPOINT_PERIOD stay, the last ones; 0 is all. model_best.pth always stays.
+    cfg.SOLVER.KEEP_CHECKPOINTS = 0
     # AdamW's betas and epsilon.
     cfg.SOLVER.BETAS = (0.9, 0.999)
     cfg.SOLVER.EPS = 1e-6
@@ -206,6 +210,8 @@ def _add_pretraining(cfg: CfgNode) -> None:
     # Decay of the moving average of the weights, which is what is evaluated and what starts a detector. 0 is none. It
     # is lower in the first steps, so that a short run does not end near its random weights: see timm's ModelEmaV3.
     cfg.SOLVER.EMA_DECAY = 0.99992
+    # Beside the end of each epoch, minutes after which a run is saved, as model_last.pth; 0.0 is never.
+    cfg.SOLVER.CHECKPOINT_MINUTES = 0.0
     # As in Detectron2; "full_model" clips by the norm of all gradients together.
     cfg.SOLVER.CLIP_GRADIENTS = CN()
     cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True

@@ -7,6 +7,9 @@ Usage: python tools/pretrain_net.py --config-file configs/pretrain/vit_tiny_imag
 import argparse
 import sys
 
+if __name__ == "__main__":
+    import early_signals  # noqa: F401  before the imports that take seconds
+
 import karat_det  # noqa: F401  before Detectron2, whose imports warn of their own old calls
 
 # isort: split
@@ -16,7 +19,8 @@ from detectron2.utils.logger import setup_logger
 
 from karat_det.checkpoint.loading import check_weights_file
 from karat_det.engine.pretraining import Pretrainer, evaluate_file, load_pretrain_cfg
-from karat_det.engine.setup import check_output_dir, log_device, run_distributed
+from karat_det.engine.processes import goes_on, run_distributed
+from karat_det.engine.setup import log_device
 
 
 def main(args):
@@ -25,8 +29,8 @@ def main(args):
         cfg = load_pretrain_cfg(args.config_file, args.opts + on_cpu, args.data)
         if args.init_from:
             check_weights_file(args.init_from, "--init-from")
-        if not args.eval_only and not args.resume:
-            check_output_dir(cfg.OUTPUT_DIR)
+        if not args.eval_only:
+            args.resume = goes_on(cfg.OUTPUT_DIR, args.resume)
         comm.synchronize()
         default_setup(cfg, args)
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="karat_det")
@@ -55,7 +59,4 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 if __name__ == "__main__":
     args = parse_arguments()
-    try:
-        run_distributed(main, args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_distributed(main, args)

@@ -3,6 +3,9 @@
 
 import sys
 
+if __name__ == "__main__":
+    import early_signals  # noqa: F401  before the imports that take seconds
+
 import karat_det  # noqa: F401  before Detectron2, whose imports warn of their own old calls
 
 # isort: split
@@ -13,7 +16,8 @@ from detectron2.utils.logger import setup_logger
 
 from karat_det.checkpoint.loading import SafeCheckpointer, check_weights_file
 from karat_det.data.registration import load_checked_test_dicts
-from karat_det.engine.setup import check_model_and_datasets, check_output_dir, load_cfg, log_device, run_distributed
+from karat_det.engine.processes import goes_on, run_distributed
+from karat_det.engine.setup import check_model_and_datasets, load_cfg, log_device
 from karat_det.engine.trainer import Trainer
 
 
@@ -21,11 +25,11 @@ def main(args):
     try:
         on_cpu = ["MODEL.DEVICE", "cpu"] if args.num_gpus == 0 else []
         cfg = load_cfg(args.config_file, args.opts + on_cpu)
+        if not args.eval_only:
+            args.resume = goes_on(cfg.OUTPUT_DIR, args.resume)
         resumes = args.resume and SafeCheckpointer(None, cfg.OUTPUT_DIR).has_checkpoint()
         if not resumes and (args.eval_only or cfg.MODEL.WEIGHTS):
             check_weights_file(cfg.MODEL.WEIGHTS)
-        if not args.eval_only and not args.resume:
-            check_output_dir(cfg.OUTPUT_DIR)
         if args.eval_only and not cfg.DATASETS.TEST:
             raise ValueError("DATASETS.TEST is empty; --eval-only needs at least one dataset to evaluate on.")
         check_model_and_datasets(cfg, training=not args.eval_only)
@@ -54,7 +58,4 @@ def main(args):
 
 if __name__ == "__main__":
     args = default_argument_parser().parse_args()
-    try:
-        run_distributed(main, args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_distributed(main, args)

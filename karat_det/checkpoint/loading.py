@@ -9,11 +9,9 @@ import os
 from collections import defaultdict
 from collections.abc import Collection, Iterable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -22,6 +20,7 @@ from ..attention import KArAtOperator
 from .files import read_weights
 from .layouts import HEAD, LAYOUTS, convert_state, copy_operator_to_blocks, required_tensors
 from .resampling import resample_state, token_grids
+from .run_folder import check_finite, checkpoints, write_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -66,14 +65,21 @@ class SafeCheckpointer(DetectionCheckpointer):
         self.complete = complete
         self.classes = classes
         self.resumes = False
+        self._read: dict[str, Any] | None = None
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        """Continues from the run's last checkpoint if `resume` and there is one, else loads the model from `path`."""
+        """Continues from the run's last checkpoint if `resume` and there is one, else loads the model from `path`.
+
+        Where the last checkpoint cannot be read, as after a power cut, the one before it takes its place, and the log
+        says so.
+
+        Raises:
+            ValueError: the run has checkpoints, and none can be read; or the weights do not fit the model.
+        """
         if resume and self.has_checkpoint():
             self.strict = self.complete = True
             self.resumes = True
-            path = self.get_checkpoint_file()
-            check_weights_file(path, "last_checkpoint in OUTPUT_DIR")
+            path, self._read = self._last_that_can_be_read()
             return self.load(path)
         if not path:
             logger.info("MODEL.WEIGHTS names no file: training starts from random weights.")
@@ -81,37 +87,53 @@ class SafeCheckpointer(DetectionCheckpointer):
         check_weights_file(path)
         return self.load(path, checkpointables=[])
 
+    def has_checkpoint(self) -> bool:
+        """Whether the folder holds a checkpoint to go on from, be it one that last_checkpoint does not name."""
+        return bool(self.save_dir and checkpoints(self.save_dir))
+
     def save(self, name: str, **extra: Any) -> None:
         """Saves model and checkpointables as name.pth, and names it the last checkpoint.
 
         Unlike Detectron2's it never leaves half a file under that name: the old one stands until the new one is whole.
+        All processes must call it, since states may be gathered; the main one alone writes.
 
         Raises:
             OSError: it cannot be written, as where a disk is full.
+            FloatingPointError: something in it is not finite.
         """
+        states = {key: checkpointable.state_dict() for key, checkpointable in self.checkpointables.items()}
         if not (self.save_dir and self.save_to_disk):
             return
-        states = {key: checkpointable.state_dict() for key, checkpointable in self.checkpointables.items()}
-        path = os.path.join(self.save_dir, f"{name}.pth")
-        logger.info("Saving checkpoint to %s", path)
         model = {"model": self.model.state_dict(), "token_grids": token_grids(self.model)}
         if config := _operator_config(self.model):
             model["operator_config"] = config
-        partial = f"{path}.partial"
-        try:
-            torch.save({**model, **states, **extra}, partial)
-            os.replace(partial, path)
-            # Detectron2's tag_last_checkpoint would leave an empty file where the disk is full by now.
-            Path(partial).write_text(f"{name}.pth", encoding="utf-8")
-            os.replace(partial, os.path.join(self.save_dir, "last_checkpoint"))
-        except (OSError, RuntimeError) as error:  # torch's own, where a disk is full
-            raise OSError(
-                f"Cannot save {path}: {error}. Is the disk full? The checkpoint before is whole: make room, and go on "
-                "from it with --resume."
-            ) from error
-        finally:
-            if os.path.exists(partial):
-                os.remove(partial)
+        content = {**model, **states, **extra}
+        check_finite(content, self.save_dir)
+        logger.info("Saving checkpoint to %s", os.path.join(self.save_dir, f"{name}.pth"))
+        write_checkpoint(content, self.save_dir, f"{name}.pth")
+
+    def _last_that_can_be_read(self) -> tuple[str, dict[str, Any]]:
+        """Path and content of the run's last checkpoint that can be read."""
+        refused = []
+        for path in checkpoints(self.save_dir):
+            try:
+                check_weights_file(path, "last_checkpoint in OUTPUT_DIR")
+                content = read_weights(path, averaged=False)
+            except (ValueError, OSError) as error:
+                refused.append(str(error))
+                continue
+            if refused:
+                # A file of weights alone is no checkpoint to fall back to.
+                if not self.checkpointables.keys() <= content.keys():
+                    continue
+                logger.warning(
+                    "The last checkpoint cannot be read: going on from %s, the one before. %s", path, " ".join(refused)
+                )
+            return path, content
+        raise ValueError(
+            f"OUTPUT_DIR, {self.save_dir}, has no checkpoint that can be read: {' '.join(refused)} Remove the folder "
+            "to start again."
+        )
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Detectron2's; a ValueError names the file."""
@@ -122,7 +144,7 @@ class SafeCheckpointer(DetectionCheckpointer):
             raise ValueError(message if message.startswith(path) else f"{path}: {message}") from error
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        checkpoint = read_weights(filename, averaged=not self.resumes)
+        checkpoint, self._read = self._read or read_weights(filename, averaged=not self.resumes), None
         # Names are matched here by layout, and not by Detectron2's guess.
         checkpoint.pop("matching_heuristics", None)
         return checkpoint

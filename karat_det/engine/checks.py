@@ -1,5 +1,7 @@
 """Checks of the values in a config, of detectors and of pretraining, before anything is built."""
 
+import math
+
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 from timm.data.auto_augment import rand_augment_transform
@@ -27,6 +29,9 @@ def check_detector_config(cfg: CfgNode) -> None:
     for key in ("MAX_ITER", "IMS_PER_BATCH", "CHECKPOINT_PERIOD"):
         if cfg.SOLVER[key] < 1:
             raise ValueError(f"SOLVER.{key} is {cfg.SOLVER[key]}. It must be at least 1.")
+    _check_faults(cfg)
+    if cfg.SOLVER.KEEP_CHECKPOINTS < 0:
+        raise ValueError(f"SOLVER.KEEP_CHECKPOINTS is {cfg.SOLVER.KEEP_CHECKPOINTS}. It must be at least 0.")
     if not 0 < cfg.SOLVER.LAYER_DECAY <= 1:
         raise ValueError(f"SOLVER.LAYER_DECAY is {cfg.SOLVER.LAYER_DECAY}. It must be above 0 and at most 1.")
     if cfg.SOLVER.LAYER_DECAY != 1 and cfg.MODEL.BACKBONE.NAME != "build_vitdet_karat_backbone":
@@ -68,6 +73,7 @@ def check_pretrain_config(cfg: CfgNode) -> None:
             f"SOLVER.IMS_PER_BATCH is {solver.IMS_PER_BATCH}, {solver.IMS_PER_BATCH // world_size} for each of "
             f"{world_size} processes. Mixup and cutmix pair images, so it must be even; or set AUG.MIX_PROB 0.0."
         )
+    _check_faults(cfg)
     for key, value, least in (
         ("SOLVER.EPOCHS", solver.EPOCHS, 1),
         ("SOLVER.WARMUP_EPOCHS", solver.WARMUP_EPOCHS, 0),
@@ -131,3 +137,10 @@ def check_pretrain_config(cfg: CfgNode) -> None:
 def mixes_labels(cfg: CfgNode) -> bool:
     """Whether pretraining mixes images, and with them their labels."""
     return cfg.AUG.MIX_PROB > 0 and (cfg.AUG.MIXUP > 0 or cfg.AUG.CUTMIX > 0)
+
+
+def _check_faults(cfg: CfgNode) -> None:
+    """Checks what detectors and classifiers have against faults."""
+    minutes = cfg.SOLVER.CHECKPOINT_MINUTES
+    if not 0 <= minutes < math.inf:
+        raise ValueError(f"SOLVER.CHECKPOINT_MINUTES is {minutes}. It must be a number of minutes, or 0 for never.")

@@ -9,6 +9,7 @@ import itertools
 import logging
 import math
 import os
+import time
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -31,10 +32,14 @@ from torch import Tensor, nn
 
 from ..backbones.classifiers import build_classifier
 from ..checkpoint.loading import SafeCheckpointer, check_weights_file, load_weights
+from ..checkpoint.run_folder import clear_partial, end_metrics
 from ..config import pretrain_config
 from ..data.classification import NO_LABEL, LabelledImages, build_datasets
+from . import signals
 from .checks import check_pretrain_config, mixes_labels
+from .hooks import LAST, evaluate_safely
 from .optimizer import FULL_MODEL, NO_WEIGHT_DECAY
+from .processes import agree
 from .setup import merge
 from .trainer import Step, autocast_arguments
 
@@ -42,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 # Images a step for which SOLVER.BASE_LR stands.
 _BASE_BATCH = 512
-BEST, LAST = "model_best", "model_last"
+BEST = "model_best"
 # The measure that decides which checkpoint is the best one.
 METRIC = "top-1"
 
@@ -120,7 +125,9 @@ class Pretrainer(TrainerBase):
         self.checkpointer = SafeCheckpointer(
             self.model, cfg.OUTPUT_DIR, save_to_disk=comm.is_main_process(), trainer=self, **averaged
         )
-        self.register_hooks([IterationTimer(), _AfterStep(), _AfterEpoch()])
+        after_epoch = _AfterEpoch()
+        stopping = _BetweenEpochs(after_epoch, cfg.SOLVER.CHECKPOINT_MINUTES)
+        self.register_hooks([IterationTimer(), _AfterStep(), stopping, after_epoch])
         if resumes:
             self._resume()
         logger.info(
@@ -130,7 +137,10 @@ class Pretrainer(TrainerBase):
         )
 
     def train(self) -> None:
-        """Trains the epochs that are left, and leaves model_best.pth and model_last.pth in OUTPUT_DIR."""
+        """Trains the epochs that are left, and leaves model_best.pth and model_last.pth in OUTPUT_DIR.
+
+        The first signal, see karat_det.engine.signals, ends it with a checkpoint.
+        """
         if self.start_iter >= self.max_iter:
             logger.info("The run has had all of its %d epochs (SOLVER.EPOCHS).", self.cfg.SOLVER.EPOCHS)
             return
@@ -138,10 +148,13 @@ class Pretrainer(TrainerBase):
         if comm.is_main_process():
             folder = self.cfg.OUTPUT_DIR
             os.makedirs(folder, exist_ok=True)
+            clear_partial(folder)
+            end_metrics(f"{folder}/metrics.json")
             writers = [ProgressLine(self), JSONWriter(f"{folder}/metrics.json"), TensorboardXWriter(folder)]
             # The storage keeps the last of each figure: those of an epoch must be written before the next one's.
             self.register_hooks([PeriodicWriter(writers, period=min(20, self.epoch_length))])
-        super().train(self.start_iter, self.max_iter)
+        with signals.awaited():
+            super().train(self.start_iter, self.max_iter)
 
     def run_step(self) -> None:
         self.step.iter = self.iter
@@ -394,6 +407,24 @@ class _AfterStep(HookBase):
             storage.put_scalar("images/s", rate, smoothing_hint=False)
 
 
+class _BetweenEpochs(HookBase):
+    """Saves the run every `minutes` (0 is never), and at a signal, which ends it."""
+
+    def __init__(self, after_epoch: "_AfterEpoch", minutes: float):
+        self.after_epoch = after_epoch
+        self.seconds = 60 * minutes
+        self.saved_at = time.monotonic()
+
+    def after_step(self) -> None:
+        is_due = self.seconds and time.monotonic() - self.saved_at >= self.seconds
+        is_due, signal = agree(is_due, signals.requested())
+        if is_due or signal:
+            self.trainer.save(LAST, self.after_epoch.figures)
+            self.saved_at = time.monotonic()
+        if signal:
+            signals.stop(int(signal), f"{self.trainer.cfg.OUTPUT_DIR}/{LAST}.pth after step {self.trainer.iter + 1}")
+
+
 class _AfterEpoch(HookBase):
     """Evaluates, and saves the run: always as the last checkpoint, and as the best one if it is that."""
 
@@ -407,7 +438,8 @@ class _AfterEpoch(HookBase):
         if rest:
             return
         if epoch % trainer.cfg.TEST.EVAL_PERIOD == 0 or epoch == trainer.cfg.SOLVER.EPOCHS:
-            self.figures = trainer.evaluate()
+            trainer.save(LAST, self.figures)
+            self.figures = evaluate_safely(trainer.evaluate, trainer.iter, trainer.checkpointer)
             trainer.storage.put_scalars(smoothing_hint=False, **self.figures)
             logger.info(
                 "epoch %d/%d  top-1 %.2f  top-5 %.2f  validation loss %.4f%s",

@@ -3,16 +3,11 @@
 import difflib
 import logging
 import os
-from collections.abc import Callable
-from datetime import timedelta
-from typing import Any
 
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
-from detectron2.engine import launch
 from detectron2.modeling import build_model
-from detectron2.utils import comm
 
 from ..config import add_karat_config
 from ..data.registration import check_datasets, register_from_config
@@ -137,46 +132,6 @@ def check_output_dir(output_dir: str) -> None:
             f"{', …' if len(checkpoints) > 3 else ''}). Add --resume to go on with that run, or name another "
             "OUTPUT_DIR."
         )
-
-
-def run_distributed(main: Callable[..., Any], args: Any) -> None:
-    """Calls `main(args)` in as many processes as the command line or torchrun asks for.
-
-    Under torchrun the processes are there already and join by nccl, or by gloo without a GPU. Else Detectron2's
-    `launch` starts one for each of --num-gpus. Without a GPU, or with --num-gpus 0, it is one process on the CPU.
-
-    Args:
-        main: the work of one process.
-        args: the arguments of Detectron2's `default_argument_parser`.
-
-    Raises:
-        ValueError: more GPUs are asked for than there are.
-    """
-    use_gpus = torch.cuda.is_available() and args.num_gpus > 0
-    if "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        local_rank = int(os.environ["LOCAL_RANK"])
-        if use_gpus and local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f"torchrun started process {local_rank} on a machine with {torch.cuda.device_count()} GPUs. Start one "
-                "for each GPU, or give --num-gpus 0 for the CPU."
-            )
-        if use_gpus:
-            torch.cuda.set_device(local_rank)
-        torch.distributed.init_process_group("nccl" if use_gpus else "gloo", timeout=timedelta(minutes=30))
-        comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
-        try:
-            main(args)
-        finally:
-            torch.distributed.destroy_process_group()
-        return
-    if not use_gpus:
-        if args.num_machines > 1:
-            raise ValueError(f"--num-machines is {args.num_machines}: several machines without GPUs need torchrun.")
-        main(args)
-        return
-    if args.num_gpus > torch.cuda.device_count():
-        raise ValueError(f"--num-gpus is {args.num_gpus}, but this machine has {torch.cuda.device_count()}.")
-    launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
 
 
 def _keys(cfg: CfgNode, prefix: str = ""):

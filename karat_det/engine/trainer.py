@@ -10,14 +10,17 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, SimpleTrainer, TrainerBase, create_ddp_model
-from detectron2.engine.hooks import EvalHook, HookBase
+from detectron2.engine.hooks import EvalHook, HookBase, PeriodicCheckpointer
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
 from ..checkpoint.loading import SafeCheckpointer
+from ..checkpoint.run_folder import clear_partial, end_metrics
 from ..data.mapper import build_mapper
 from ..data.registration import load_checked_dicts
 from ..evaluation.coco import FasterCOCOEvaluator
+from . import signals
+from .hooks import Checkpoints, Evaluation
 from .optimizer import FULL_MODEL, build_optimizer
 
 logger = logging.getLogger(__name__)
@@ -54,13 +57,28 @@ class Trainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase | None]:
-        hooks = super().build_hooks()
-        metric = best_metric(self.cfg)
-        if metric:
+        solver = self.cfg.SOLVER
+        # Detectron2's hook is the main process's alone.
+        hooks = [hook for hook in super().build_hooks() if not isinstance(hook, PeriodicCheckpointer)]
+        checkpoints = Checkpoints(
+            self.checkpointer, solver.CHECKPOINT_PERIOD, solver.CHECKPOINT_MINUTES, solver.KEEP_CHECKPOINTS
+        )
+        index = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
+        hooks[index : index + 1] = [checkpoints, Evaluation(hooks[index], checkpoints)]
+        if metric := best_metric(self.cfg):
             # After the evaluation, before the writers.
-            index = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
-            hooks.insert(index + 1, BestCheckpointer(self.cfg.TEST.EVAL_PERIOD, self.checkpointer, metric))
+            hooks.insert(index + 2, BestCheckpointer(self.cfg.TEST.EVAL_PERIOD, self.checkpointer, metric))
         return hooks
+
+    def build_writers(self):
+        clear_partial(self.cfg.OUTPUT_DIR)
+        end_metrics(f"{self.cfg.OUTPUT_DIR}/metrics.json")
+        return super().build_writers()
+
+    def train(self) -> None:
+        """Trains. The first signal, see karat_det.engine.signals, ends it with a checkpoint."""
+        with signals.awaited():
+            super().train()
 
     def after_train(self) -> None:
         if self.iter < self.max_iter:
@@ -186,7 +204,7 @@ class BestCheckpointer(HookBase):
 
     def _keep_if_best(self) -> None:
         # Only the main process has results.
-        value = self.trainer.storage.latest().get(self.metric, (math.nan, 0))[0]
+        value = comm.all_gather(self.trainer.storage.latest().get(self.metric, (math.nan, 0))[0])[0]
         if value > self.best:
             logger.info("%s is %.3f, the best so far: saving model_best.pth", self.metric, value)
             self.best = value

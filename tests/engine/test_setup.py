@@ -1,4 +1,3 @@
-import argparse
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ from detectron2.modeling.roi_heads import FastRCNNConvFCHead
 from karat_det.attention import KArAtAttention
 from karat_det.attention.window import KArAtWindowAttention
 from karat_det.config import add_karat_config
-from karat_det.engine.setup import check_model_and_datasets, check_output_dir, load_cfg, run_distributed
+from karat_det.engine.setup import check_model_and_datasets, check_output_dir, load_cfg
 
 ALL_CONFIGS = [
     path
@@ -95,16 +94,6 @@ def test_an_output_folder_with_checkpoints_is_refused(tmp_path):
     (tmp_path / "model_0000399.pth").touch()
     with pytest.raises(ValueError, match=r"model_0000399.pth.*--resume.*another OUTPUT_DIR"):
         check_output_dir(str(tmp_path))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
-def test_without_a_gpu_any_number_of_gpus_is_one_process_on_the_cpu(monkeypatch):
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    calls = []
-    run_distributed(calls.append, argparse.Namespace(num_gpus=8, num_machines=1))
-    assert len(calls) == 1
-    with pytest.raises(ValueError, match=r"--num-machines is 2.*torchrun"):
-        run_distributed(calls.append, argparse.Namespace(num_gpus=1, num_machines=2))
 
 
 def test_every_key_is_explained():

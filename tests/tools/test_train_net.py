@@ -150,7 +150,7 @@ def test_divergence_names_iteration_and_loss_terms_and_keeps_the_last_checkpoint
     # Iteration 3 is the last, after which a run is evaluated.
     done = train("--resume", overrides=[*SMALL_MODEL, "SOLVER.MAX_ITER", "4"], fails=True)
     message = done.stderr.strip().splitlines()[-1]
-    assert message.startswith("FloatingPointError: Training diverged at iteration 3.") and reason in message
+    assert message.startswith("error: Training diverged at iteration 3.") and reason in message
     # The first step since the run was resumed.
     assert "of the step before: none." in message
     if "loss is" in reason:

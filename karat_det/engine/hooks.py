@@ -1,0 +1,108 @@
+"""What happens to a run between its steps: checkpoints, the answer to signals, evaluations."""
+
+import logging
+import time
+
+from detectron2.engine.hooks import EvalHook, HookBase
+
+from ..checkpoint.loading import SafeCheckpointer
+from ..checkpoint.run_folder import keep_last
+from . import signals
+from .processes import RunFailed, agree, is_loss
+
+# Name of the checkpoint that is saved between the numbered ones, each in place of the one before.
+LAST = "model_last"
+
+
+def _tell_in_one_line(record: logging.LogRecord) -> bool:
+    """Drops the trace that Detectron2's loop logs of an error which the command then says in a line."""
+    kind = record.exc_info[0] if record.exc_info else None
+    return not (kind and issubclass(kind, OSError | FloatingPointError | RunFailed))
+
+
+logging.getLogger("detectron2.engine.train_loop").addFilter(_tell_in_one_line)
+
+
+class Checkpoints(HookBase):
+    """Saves the run by steps, by time, at the end and at a signal, which ends the run. All processes have it.
+
+    Args:
+        checkpointer: saves the run.
+        period: steps between numbered checkpoints; 0 is none.
+        minutes: time between checkpoints, numbered or not; 0 is none.
+        keep: how many numbered checkpoints stay; 0 is all.
+    """
+
+    def __init__(self, checkpointer: SafeCheckpointer, period: int, minutes: float, keep: int = 0):
+        self.checkpointer = checkpointer
+        self.period = period
+        self.seconds = 60 * minutes
+        self.keep = keep
+        self.saved_at = time.monotonic()
+        self.saved = -1
+
+    def after_step(self) -> None:
+        iteration = self.trainer.iter
+        if self.period and (iteration + 1) % self.period == 0:
+            self._save(f"model_{iteration:07d}")
+            if self.checkpointer.save_to_disk:
+                keep_last(self.checkpointer.save_dir, self.keep)
+        if iteration + 1 >= self.trainer.max_iter:
+            self._save("model_final")
+        is_due = self.seconds and time.monotonic() - self.saved_at >= self.seconds
+        is_due, signal = agree(is_due, signals.requested())
+        if is_due or signal:
+            self.save()
+        if signal:
+            signals.stop(int(signal), f"{self.checkpointer.save_dir} after iteration {iteration}")
+
+    def save(self) -> None:
+        """Saves the run as model_last.pth, unless it is saved since its last step."""
+        if self.saved != self.trainer.iter:
+            self._save(LAST)
+
+    def _save(self, name: str) -> None:
+        self.checkpointer.save(name, iteration=self.trainer.iter)
+        self.saved, self.saved_at = self.trainer.iter, time.monotonic()
+
+
+class Evaluation(EvalHook):
+    """Detectron2's, but what comes before it is saved first, and a failure says so in one line.
+
+    Args:
+        hook: Detectron2's hook, of which it takes period and function.
+        checkpoints: saves the run.
+    """
+
+    def __init__(self, hook: EvalHook, checkpoints: Checkpoints):
+        super().__init__(hook._period, hook._func)
+        self.checkpoints = checkpoints
+
+    def _do_eval(self) -> None:
+        if self.trainer.iter < self.trainer.max_iter:
+            self.checkpoints.save()
+        evaluate_safely(super()._do_eval, self.trainer.iter, self.checkpoints.checkpointer)
+
+
+def evaluate_safely(evaluate, iteration: int, checkpointer: SafeCheckpointer):
+    """Calls `evaluate` with the run saved: a signal ends the process at once, a failure the run in one line.
+
+    Args:
+        evaluate: takes nothing; its result is returned.
+        iteration: said where it fails.
+        checkpointer: has saved the run.
+
+    Raises:
+        RunFailed: it fails.
+    """
+    try:
+        with signals.awaited(False):
+            return evaluate()
+    except Exception as error:
+        if is_loss(error):
+            raise
+        raise RunFailed(
+            f"The evaluation after iteration {iteration} failed: {type(error).__name__}: "
+            f"{str(error).strip().splitlines()[-1] if str(error).strip() else ''} The run was saved before it, as "
+            f"{checkpointer.get_checkpoint_file()}. With --eval-only --resume it fails alike, and shows where."
+        ) from error

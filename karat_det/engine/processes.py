@@ -1,0 +1,164 @@
+"""The processes of one run: how they start, how they agree, and how they come back after one has died."""
+
+import os
+import re
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.engine import launch
+from detectron2.utils import comm
+from torch import distributed
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+
+from . import signals
+from .setup import check_output_dir
+
+# What gloo and nccl say where the other end of a connection is gone.
+_LOST = re.compile(r"[Cc]onnection (closed|reset|refused)|Broken pipe|remote process exited|NCCL (error|communicator)")
+_STARTED_BY = ".started_by"
+
+
+class RunFailed(RuntimeError):
+    """What ends a run, in a line that its command prints."""
+
+
+def run_distributed(main: Callable[..., Any], args: Any) -> None:
+    """Calls `main(args)` in as many processes as the command line or torchrun asks for.
+
+    Under torchrun the processes are there already and join by nccl, or by gloo without a GPU. Else Detectron2's
+    `launch` starts one for each of --num-gpus. Without a GPU, or with --num-gpus 0, it is one process on the CPU.
+    A mistake of the user's ends the process with one line, as do signals and the loss of another process.
+
+    Args:
+        main: the work of one process.
+        args: the arguments of Detectron2's `default_argument_parser`.
+
+    Raises:
+        SystemExit: the run ended early.
+    """
+    signals.install()
+    try:
+        _run(main, args)
+    except (ValueError, OSError, FloatingPointError, RunFailed) as error:
+        raise SystemExit(f"error: {error}") from None
+    except (ProcessExitedException, ProcessRaisedException) as error:  # of `launch`
+        if signals.requested():
+            raise SystemExit(128 + signals.requested()) from None
+        raise SystemExit(f"error: {str(error).strip().splitlines()[-1]}") from None
+
+
+def _run(main: Callable[..., Any], args: Any) -> None:
+    use_gpus = torch.cuda.is_available() and args.num_gpus > 0
+    if "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if use_gpus and local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"torchrun started process {local_rank} on a machine with {torch.cuda.device_count()} GPUs. Start one "
+                "for each GPU, or give --num-gpus 0 for the CPU."
+            )
+        if use_gpus:
+            torch.cuda.set_device(local_rank)
+        _join("nccl" if use_gpus else "gloo")
+        comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+        try:
+            main(args)
+        except RunFailed:
+            raise
+        except RuntimeError as error:
+            if is_loss(error):
+                raise SystemExit(f"error: process {comm.get_rank()} lost another process of the run.") from None
+            raise
+        finally:
+            distributed.destroy_process_group()
+        return
+    if not use_gpus:
+        if args.num_machines > 1:
+            raise ValueError(f"--num-machines is {args.num_machines}: several machines without GPUs need torchrun.")
+        main(args)
+        return
+    if args.num_gpus > torch.cuda.device_count():
+        raise ValueError(f"--num-gpus is {args.num_gpus}, but this machine has {torch.cuda.device_count()}.")
+    if args.num_gpus * args.num_machines == 1:
+        main(args)
+        return
+    with signals.passed_on():
+        launch(_in_child, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(main, args))
+
+
+def _in_child(main: Callable[..., Any], args: Any) -> None:
+    """The work of a process that `launch` has started: its mistakes are told here, and not as a trace there."""
+    signals.install()
+    try:
+        main(args)
+    except (ValueError, OSError, FloatingPointError, RunFailed) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+def _join(backend: str) -> None:
+    """Joins the other processes of torchrun.
+
+    torchrun's restarts share one store. What a dead attempt has left there would mislead the next one, so each has
+    names of its own. On several machines the counts of restarts may differ: there torchrun must make a store for each
+    attempt, which TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 has it do.
+    """
+    timeout = timedelta(minutes=30)
+    store, rank, world_size = next(distributed.rendezvous("env://", timeout=timeout))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store = distributed.PrefixStore(f"attempt {restarts()}", store)
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def is_loss(error: Exception) -> bool:
+    """Whether an error says that another process of the run is gone."""
+    return isinstance(error, RuntimeError) and comm.get_world_size() > 1 and bool(_LOST.search(str(error)))
+
+
+def restarts() -> int:
+    """How often torchrun has started this run again after a process of it had died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def goes_on(output_dir: str, resume: bool) -> bool:
+    """Whether a run goes on from what is in its folder, which it else must not hold; all processes must call it.
+
+    A run that torchrun has started again goes on by itself, as with --resume, if its first attempt began the folder.
+
+    Args:
+        output_dir: the folder.
+        resume: whether --resume is given.
+
+    Raises:
+        ValueError: the folder holds the checkpoints of another run.
+    """
+    if resume:
+        return True
+    mark = f"{socket.gethostname()} {os.getppid()} {os.environ.get('TORCHELASTIC_RUN_ID', '')}"
+    path = Path(output_dir, _STARTED_BY)
+    again = comm.all_gather(restarts() > 0 and path.is_file() and path.read_text(encoding="utf-8") == mark)[0]
+    if again:
+        return True
+    check_output_dir(output_dir)
+    if "TORCHELASTIC_RUN_ID" in os.environ and comm.is_main_process():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(mark, encoding="utf-8")
+    return False
+
+
+def agree(*values: float) -> tuple[float, ...]:
+    """The largest of each value over all processes, which must call it together; some 0.2 ms."""
+    if comm.get_world_size() == 1:
+        return values
+    largest = torch.tensor(values, dtype=torch.float64)
+    distributed.all_reduce(largest, distributed.ReduceOp.MAX, group=_group())
+    return tuple(largest.tolist())
+
+
+@lru_cache
+def _group() -> distributed.ProcessGroup:
+    """All processes, by gloo, so that they can agree without a GPU."""
+    return distributed.group.WORLD if distributed.get_backend() == "gloo" else distributed.new_group(backend="gloo")
