@@ -22,6 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .inspection import UnfitFile, check_before_reading, check_sizes
+
 # Where a state dict lies in a file. Averaged weights are what the classifiers of timm and DeiT are evaluated with, and
 # DINO's teacher.
 AVERAGED = ("model_ema", "state_dict_ema", "ema", "teacher")
@@ -43,9 +45,11 @@ def read_weights(path: str, *, averaged: bool = True) -> dict[str, Any]:
         The state dict under "model", and what else the file holds, such as the state of an optimiser, under its names.
 
     Raises:
-        ValueError: it is truncated, of another format, asks for code to be run, or holds no state dict.
+        ValueError: it is truncated, of another format, asks for code to be run or for more memory than its size is
+            worth, or holds no state dict.
     """
     try:
+        check_before_reading(path)
         if path.endswith(".safetensors"):
             loaded = _read_safetensors(path)
         elif path.endswith(".pkl"):
@@ -58,6 +62,7 @@ def read_weights(path: str, *, averaged: bool = True) -> dict[str, Any]:
             with torch.serialization.safe_globals([argparse.Namespace, *admitted]):
                 loaded = torch.load(path, map_location="cpu", weights_only=True)
         loaded = _as_tensors(loaded, {})
+        check_sizes(loaded)
         _check_beside(loaded)
     except OSError:
         raise
@@ -88,7 +93,7 @@ def _reason(error: Exception) -> str:
         return f"it asks for {match[1]}, which is refused"
     first = message.strip().partition("\n")[0].partition(". ")[0]
     first = first.replace(" allowlisted via `add_safe_globals`", "")
-    if first and isinstance(error, pickle.UnpicklingError | RuntimeError | SafetensorError):
+    if first and isinstance(error, UnfitFile | pickle.UnpicklingError | RuntimeError | SafetensorError):
         return first
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
@@ -342,7 +347,7 @@ def _check_beside(loaded: Any) -> None:
         isinstance(name, str)
         and isinstance(grid, list | tuple)
         and len(grid) in (2, 3)
-        and all(isinstance(size, int) and size >= 0 for size in grid)
+        and all(isinstance(size, int) and size >= (index < 2) for index, size in enumerate(grid))
         for name, grid in grids.items()
     )
     if not are_grids:

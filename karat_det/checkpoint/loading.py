@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..attention import KArAtOperator
 from .files import read_weights
+from .inspection import not_a_file
 from .layouts import HEAD, LAYOUTS, convert_state, copy_operator_to_blocks, required_tensors
 from .resampling import resample_state, token_grids
 from .run_folder import check_finite, checkpoints, write_checkpoint
@@ -142,6 +143,12 @@ class SafeCheckpointer(DetectionCheckpointer):
         except ValueError as error:
             message = str(error)
             raise ValueError(message if message.startswith(path) else f"{path}: {message}") from error
+        except (RuntimeError, IndexError, TypeError) as error:
+            # The names are those of a layout, but a tensor has other dimensions than any file of it.
+            raise ValueError(
+                f"{path}: its tensors cannot be brought to the model's. Use a file of one of the known layouts: "
+                f"{LAYOUTS}. ({type(error).__name__}: {error})"
+            ) from error
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         checkpoint, self._read = self._read or read_weights(filename, averaged=not self.resumes), None
@@ -285,6 +292,8 @@ def check_weights_file(path: str, key: str = "MODEL.WEIGHTS") -> None:
         raise FileNotFoundError(
             f"{key} names no weights file, and this needs one: for example model_best.pth in the OUTPUT_DIR of a run."
         )
+    if kind := not_a_file(path):
+        raise FileNotFoundError(f"{key} is {path!r}, which is {kind}, and must be a file ({os.path.abspath(path)}).")
     if not urlparse(path).scheme and not os.path.isfile(path):
         raise FileNotFoundError(f"{key} is {path!r}, but there is no such file ({os.path.abspath(path)}). Name one.")
 

@@ -304,6 +304,7 @@ def test_a_container_in_many_places_is_read_once(tmp_path):
     [
         {"token_grids": 3},
         {"token_grids": {"a": [1]}},
+        {"token_grids": {"a": [0, 2]}},
         {"operator_config": [1]},
         {"operator_config": {1: 2}},
         {"operator_config": {"a": ()}},
