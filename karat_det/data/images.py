@@ -73,7 +73,7 @@ def upright_8_bit(image: Image.Image, name: str) -> Image.Image:
     """
     # Before anything asks for the EXIF data: Pillow may decode a PNG for it, and decodes only once, well or not.
     image.load()
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+    if is_deep(image):
         scaled = _scaled(image, name)
     else:
         # Pillow converts these two to few others.
@@ -82,12 +82,22 @@ def upright_8_bit(image: Image.Image, name: str) -> Image.Image:
     return _turned(scaled, orientation(image))
 
 
+def is_deep(image: Image.Image) -> bool:
+    """Whether an image is a grey one of more than 8 bits, or of floating point numbers."""
+    return image.mode in ("I", "F") or image.mode.startswith("I;")
+
+
 def orientation(image: Image.Image) -> int:
-    """The EXIF orientation, from 1 to 8; 1 where there is none that can be read, as in Detectron2."""
+    """The EXIF orientation of a loaded image, from 1 to 8; 1 where there is none that can be read, as in Detectron2.
+
+    Of an image that is not loaded, it is what has been read so far; nothing more is read.
+    """
     try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
+        # That of Image itself: a PNG's own decodes all of it, in case that the orientation stands behind the pixels.
+        value = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     except Exception:  # depends on what is in the file; damaged metadata costs nobody the pixels
         return 1
+    return value if value in range(1, 9) else 1
 
 
 @contextmanager

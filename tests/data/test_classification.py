@@ -135,9 +135,14 @@ def test_one_broken_image_in_1000_is_named_and_skipped_and_two_are_an_error(tree
         build_datasets(config(tree_of_2000))
 
 
+def with_damaged_pixels(content):
+    place = content.index(b"IDAT") + 20
+    return content[:place] + bytes(8) + content[place + 8 :]
+
+
 def test_an_image_that_breaks_midway_is_found_when_its_turn_comes(tree_of_2000, caplog):
     whole = (tree_of_2000 / "train/a/0.png").read_bytes()
-    break_image(tree_of_2000 / "train/a/4.png", whole[:200])
+    break_image(tree_of_2000 / "train/a/4.png", with_damaged_pixels(whole))
     train, _ = build_datasets(config(tree_of_2000))
     assert not caplog.records
     index = [path for path, _ in train.split.samples].index(str(tree_of_2000 / "train/a/4.png"))
@@ -149,7 +154,7 @@ def test_an_image_that_breaks_midway_is_found_when_its_turn_comes(tree_of_2000, 
 def test_broken_images_are_counted_across_the_loaders_processes(tree_of_2000):
     whole = (tree_of_2000 / "train/a/0.png").read_bytes()
     for i in range(4, 8):
-        break_image(tree_of_2000 / f"train/a/{i}.png", whole[:200])
+        break_image(tree_of_2000 / f"train/a/{i}.png", with_damaged_pixels(whole))
     train, _ = build_datasets(config(tree_of_2000))
     train.transform = lambda image: torch.zeros(1)
     loader = torch.utils.data.DataLoader(train, batch_size=2, num_workers=2)
