@@ -16,6 +16,7 @@ from fvcore.common.config import CfgNode
 from PIL import Image
 from torchvision import datasets as torchvision_datasets
 
+from .class_folders import find_labelled_images
 from .digits import generate_crops
 from .image_check import read_headers
 from .images import read_upright, unreadable_image_named, upright_8_bit
@@ -262,17 +263,17 @@ def _load_folder_split(root: str, names: Sequence[str]) -> Split:
             f"{os.path.abspath(root)} (--data) has no folder {' or '.join(names)}. It must hold train/<class>/ and "
             "val/<class>/ with images in them."
         )
-    if not any(path.is_dir() for path in folder.iterdir()):
+    classes, samples = find_labelled_images(folder)
+    if not classes:
         raise ValueError(f"{folder} has no folders. It must hold one for each class, with images in it.")
-    images = torchvision_datasets.ImageFolder(str(folder), allow_empty=True)
-    held = set(images.targets)
-    empty = [name for label, name in enumerate(images.classes) if label not in held]
+    held = {label for _, label in samples}
+    empty = [name for label, name in enumerate(classes) if label not in held]
     if empty:
         raise ValueError(
-            f"{len(empty)} of the {len(images.classes)} class folders of {folder} hold no image: "
+            f"{len(empty)} of the {len(classes)} class folders of {folder} hold no image: "
             f"{', '.join(empty[:5])}{', …' if len(empty) > 5 else ''}. Put images there, or remove the folders."
         )
-    return Split(str(folder), images.classes, images.samples, [path for path, _ in images.samples])
+    return Split(str(folder), classes, samples, [path for path, _ in samples])
 
 
 def _load_torchvision(name: str, root: str) -> tuple[Split, Split]:
