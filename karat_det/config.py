@@ -3,7 +3,8 @@
 The defaults are those of ViT-Base at 224 × 224 with one universal Fourier operator of grid size 1 (G1U).
 Detectron2's own keys keep Detectron2's defaults: what a family of models changes of them stands in its base YAML file.
 Without effect are those of what is replaced here: INPUT.MIN_SIZE_* and MAX_SIZE_* (images are resized as INPUT.RESIZE
-says), and SOLVER.MOMENTUM, NESTEROV, BIAS_LR_FACTOR, WEIGHT_DECAY_NORM and WEIGHT_DECAY_BIAS (the optimiser is AdamW).
+says), DATALOADER.ASPECT_RATIO_GROUPING (neither batch nor processes change the order of images), and SOLVER.MOMENTUM,
+NESTEROV, BIAS_LR_FACTOR, WEIGHT_DECAY_NORM and WEIGHT_DECAY_BIAS (the optimiser is AdamW).
 """
 
 from dataclasses import fields
@@ -228,7 +229,7 @@ def _add_pretraining(cfg: CfgNode) -> None:
     # Part of the height and width of a validation image that its centre crop has.
     cfg.TEST.CROP_RATIO = 0.9
 
-    # Of weights, order of the data and augmentation. An epoch is the same in a resumed run.
+    # Of weights, order of the data and augmentation. A resumed run goes on as the one that was never interrupted.
     cfg.SEED = 0
     cfg.OUTPUT_DIR = "output/pretrain"
 

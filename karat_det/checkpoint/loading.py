@@ -75,7 +75,8 @@ class SafeCheckpointer(DetectionCheckpointer):
         says so.
 
         Raises:
-            ValueError: the run has checkpoints, and none can be read; or the weights do not fit the model.
+            ValueError: the run has checkpoints, and none can be read; the weights do not fit the model, or it is no
+                checkpoint of a run.
         """
         if resume and self.has_checkpoint():
             self.strict = self.complete = True
@@ -152,6 +153,12 @@ class SafeCheckpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         checkpoint, self._read = self._read or read_weights(filename, averaged=not self.resumes), None
+        if self.resumes and "trainer" in self.checkpointables and "trainer" not in checkpoint:
+            raise ValueError(
+                f"{filename} holds weights and no state of a run, so no run can be resumed from it. Start one from its "
+                "weights: name it as MODEL.WEIGHTS (in pretraining, --init-from), with another OUTPUT_DIR and without "
+                "--resume."
+            )
         # Names are matched here by layout, and not by Detectron2's guess.
         checkpoint.pop("matching_heuristics", None)
         return checkpoint

@@ -1,16 +1,15 @@
 """Pretraining of classifiers: timm's data, recipe and metrics in Detectron2's loop.
 
-The recipe is the paper's for image classification. An epoch begins by seeding all that is random, from SEED and its
-number, and ends by evaluating and saving. So a run that resumes after an epoch is the run that was never interrupted.
+The recipe is the paper's for image classification. An epoch ends by evaluating and saving. What is drawn at random
+follows from SEED and the count of images, see order.py, so a run that resumes after any step is the run that was never
+interrupted.
 """
 
 import datetime
-import itertools
 import logging
 import math
 import os
 import time
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -22,13 +21,15 @@ from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter, get_event_storage
 from PIL import Image
-from timm.data import FastCollateMixup, create_loader
+from timm.data import FastCollateMixup, create_loader, create_transform
 from timm.data.auto_augment import RandAugment, posterize
+from timm.data.loader import PrefetchLoader, fast_collate
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.utils import AverageMeter, ModelEmaV3, accuracy, random_seed
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from ..backbones.classifiers import build_classifier
 from ..checkpoint.loading import SafeCheckpointer, check_weights_file, load_weights
@@ -39,9 +40,10 @@ from . import signals
 from .checks import check_pretrain_config, mixes_labels
 from .hooks import LAST, evaluate_safely
 from .optimizer import FULL_MODEL, NO_WEIGHT_DECAY
+from .order import CountedLoader, EpochBatches, ImageOrder, SeededImages
 from .processes import agree
 from .setup import merge
-from .trainer import Step, autocast_arguments
+from .trainer import Step, autocast_arguments, checked_iteration, foreign_state_refused
 
 logger = logging.getLogger(__name__)
 
@@ -101,9 +103,10 @@ class Pretrainer(TrainerBase):
         self.model = build_classifier(cfg, len(train.split.classes)).to(cfg.MODEL.DEVICE)
         self.images = train, val
         self.classes = train.split.classes
-        self.loader = build_train_loader(cfg, self.model, train)
+        self.order = ImageOrder(torch.ones(len(train)), cfg.SEED)
+        self.loader = build_train_loader(cfg, self.model, train, self.order)
         self.val_loader = build_val_loader(cfg, self.model, val)
-        self.epoch_length = len(self.loader)
+        self.epoch_length = len(train) // cfg.SOLVER.IMS_PER_BATCH
         if not self.epoch_length:
             raise ValueError(
                 f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, and {train.split.place} has {len(train)} images: "
@@ -119,7 +122,7 @@ class Pretrainer(TrainerBase):
         in_parallel = create_ddp_model(WithLoss(self.model, cfg), broadcast_buffers=False, **on_cpu)
         # Made after the processes have been brought to the same weights.
         self.ema = ModelEmaV3(self.model, cfg.SOLVER.EMA_DECAY, use_warmup=True) if cfg.SOLVER.EMA_DECAY else None
-        self.step = Step(in_parallel, self._batches(), optimizer, cfg)
+        self.step = Step(in_parallel, self.loader, optimizer, cfg)
         self.scheduler = build_scheduler(cfg, optimizer, self.epoch_length)
         averaged = {"model_ema": self.ema.module} if self.ema else {}
         self.checkpointer = SafeCheckpointer(
@@ -178,36 +181,39 @@ class Pretrainer(TrainerBase):
         return {**super().state_dict(), "step": self.step.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.step.load_state_dict(state["step"])
+        """Raises ValueError where the state is not of such a run."""
+        with foreign_state_refused():
+            checked_iteration(state)
+            super().load_state_dict(state)
+            self.step.load_state_dict(state["step"])
+            images = state["step"]["order"]["images"]
+        if images != len(self.order):
+            raise ValueError(
+                f"The run in OUTPUT_DIR, {self.cfg.OUTPUT_DIR}, has trained on {images} images, and the data has "
+                f"{len(self.order)} to train on. Resume it with its data."
+            )
 
     def _resume(self) -> None:
         saved = self.checkpointer.resume_or_load("", resume=True)
-        _check_classes(f"The run in OUTPUT_DIR, {self.cfg.OUTPUT_DIR},", saved["classes"], self.classes)
-        self.start_iter = self.iter + 1
-        if self.start_iter != saved["epoch"] * self.epoch_length:
+        with foreign_state_refused():
+            _check_classes(f"The run in OUTPUT_DIR, {self.cfg.OUTPUT_DIR},", saved["classes"], self.classes)
+        epoch, place = divmod(self.order.place, len(self.order))
+        left = (len(self.order) - place) // self.cfg.SOLVER.IMS_PER_BATCH
+        # The step after the last, unless SOLVER.IMS_PER_BATCH is another one: then an epoch has not as many.
+        self.start_iter = (epoch + 1) * self.epoch_length - left
+        if self.start_iter > self.max_iter:
             raise ValueError(
-                f"The run in OUTPUT_DIR, {self.cfg.OUTPUT_DIR}, was saved after {self.start_iter} steps, which are not "
-                f"its {saved['epoch']} epochs of {self.epoch_length} steps. Resume it with its data and its "
-                "SOLVER.IMS_PER_BATCH."
+                f"SOLVER.EPOCHS is {self.cfg.SOLVER.EPOCHS}, and the run in OUTPUT_DIR, {self.cfg.OUTPUT_DIR}, has had "
+                f"{self.start_iter / self.epoch_length:.3g} epochs already."
             )
         if self.ema and not saved["averages"]:
             raise ValueError(
                 f"SOLVER.EMA_DECAY is {self.cfg.SOLVER.EMA_DECAY}, but the run in OUTPUT_DIR, {self.cfg.OUTPUT_DIR}, "
                 "has averaged no weights so far. Resume it with SOLVER.EMA_DECAY 0.0."
             )
-        logger.info("Going on after epoch %d.", saved["epoch"])
-
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of epoch after epoch. What is drawn in one depends on SEED and its number alone."""
-        seed, world_size = self.cfg.SEED, comm.get_world_size()
-        for epoch in itertools.count(self.start_iter // self.epoch_length):
-            # Far apart, so that a seed's epochs are not those of the seed before.
-            random_seed(seed * 1_000_003 % 2**31 + epoch * world_size, comm.get_rank())
-            if world_size > 1:
-                self.loader.sampler.seed = seed
-                self.loader.sampler.set_epoch(epoch)
-            yield from self.loader
+        done, steps = divmod(self.start_iter, self.epoch_length)
+        within = f" and {steps} of {self.epoch_length} steps" if steps else ""
+        logger.info("Going on after epoch %d%s.", done, within)
 
 
 def evaluate_file(cfg: CfgNode, path: str = "") -> dict[str, float]:
@@ -249,13 +255,14 @@ class WithLoss(nn.Module):
         return {"loss": self.criterion(self.model(images), targets)}
 
 
-def build_train_loader(cfg: CfgNode, model: nn.Module, images: LabelledImages):
-    """Builds timm's loader of augmented and mixed batches, this process's share of each.
+def build_train_loader(cfg: CfgNode, model: nn.Module, images: LabelledImages, order: ImageOrder) -> CountedLoader:
+    """Builds a loader of augmented and mixed batches by timm's parts, this process's share of each.
 
     Args:
         cfg: a config with the keys of `pretrain_config`.
         model: of timm; it knows the size of its images.
-        images: all those to train on.
+        images: all those to train on; they get timm's transform.
+        order: their order.
     """
     mixup = FastCollateMixup(
         mixup_alpha=cfg.AUG.MIXUP,
@@ -265,26 +272,34 @@ def build_train_loader(cfg: CfgNode, model: nn.Module, images: LabelledImages):
         label_smoothing=cfg.AUG.LABEL_SMOOTHING,
         num_classes=len(images.split.classes),
     )
-    loader = create_loader(
-        images,
+    images.transform = create_transform(
+        (3, *model.patch_embed.img_size),
         is_training=True,
-        batch_size=cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
+        use_prefetcher=True,
         scale=tuple(cfg.AUG.SCALE),
         ratio=tuple(cfg.AUG.RATIO),
         hflip=cfg.AUG.FLIP,
         color_jitter=cfg.AUG.COLOR_JITTER,
         auto_augment=cfg.AUG.RAND_AUGMENT or None,
         interpolation="random",
-        collate_fn=mixup if mixes_labels(cfg) else None,
-        distributed=comm.get_world_size() > 1,
-        **_common_to_loaders(cfg, model),
+        mean=tuple(cfg.DATA.MEAN),
+        std=tuple(cfg.DATA.STD),
     )
     for transform in images.transform.transforms:
         if isinstance(transform, RandAugment):
             for operation in transform.ops:
                 if operation.name.startswith("Posterize"):
                     operation.aug_fn = _posterize
-    return loader
+    batches = DataLoader(
+        SeededImages(images, order),
+        batch_sampler=EpochBatches(order, cfg.SOLVER.IMS_PER_BATCH),
+        collate_fn=mixup if mixes_labels(cfg) else fast_collate,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        pin_memory=cfg.MODEL.DEVICE != "cpu",
+    )
+    device = torch.device(cfg.MODEL.DEVICE)
+    normalized = PrefetchLoader(batches, mean=tuple(cfg.DATA.MEAN), std=tuple(cfg.DATA.STD), device=device)
+    return CountedLoader(normalized, order, cfg.SOLVER.IMS_PER_BATCH, whole_epochs=True)
 
 
 def build_val_loader(cfg: CfgNode, model: nn.Module, images: LabelledImages):
@@ -294,7 +309,13 @@ def build_val_loader(cfg: CfgNode, model: nn.Module, images: LabelledImages):
         batch_size=cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
         crop_pct=cfg.TEST.CROP_RATIO,
         interpolation="bicubic",
-        **_common_to_loaders(cfg, model),
+        input_size=(3, *model.patch_embed.img_size),
+        mean=tuple(cfg.DATA.MEAN),
+        std=tuple(cfg.DATA.STD),
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        persistent_workers=False,
+        pin_memory=cfg.MODEL.DEVICE != "cpu",
+        device=torch.device(cfg.MODEL.DEVICE),
     )
 
 
@@ -478,16 +499,3 @@ def _check_classes(what: str, theirs: list[str], ours: list[str]) -> None:
             "{} was trained on other classes: number {} is {!r} there and {!r} in the data. Name the data that it was "
             "trained on (--data, DATA.NAME).".format(what, *different[0])
         )
-
-
-def _common_to_loaders(cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
-    return {
-        "input_size": (3, *model.patch_embed.img_size),
-        "mean": tuple(cfg.DATA.MEAN),
-        "std": tuple(cfg.DATA.STD),
-        "num_workers": cfg.DATALOADER.NUM_WORKERS,
-        # Workers that outlive an epoch would go on with their own random numbers, which no checkpoint has.
-        "persistent_workers": False,
-        "pin_memory": cfg.MODEL.DEVICE != "cpu",
-        "device": torch.device(cfg.MODEL.DEVICE),
-    }

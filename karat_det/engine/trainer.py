@@ -4,15 +4,18 @@ import logging
 import math
 import time
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.data import DatasetFromList, build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, SimpleTrainer, TrainerBase, create_ddp_model
-from detectron2.engine.hooks import EvalHook, HookBase, PeriodicCheckpointer
+from detectron2.engine.hooks import EvalHook, HookBase, LRScheduler, PeriodicCheckpointer
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
+from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint.loading import SafeCheckpointer
 from ..checkpoint.run_folder import clear_partial, end_metrics
@@ -21,7 +24,8 @@ from ..data.registration import load_checked_dicts
 from ..evaluation.coco import FasterCOCOEvaluator
 from . import signals
 from .hooks import Checkpoints, Evaluation
-from .optimizer import FULL_MODEL, build_optimizer
+from .optimizer import FULL_MODEL, build_optimizer, load_optimizer_state, optimizer_state
+from .order import CountedLoader, SeededImages, build_order
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +67,7 @@ class Trainer(DefaultTrainer):
         checkpoints = Checkpoints(
             self.checkpointer, solver.CHECKPOINT_PERIOD, solver.CHECKPOINT_MINUTES, solver.KEEP_CHECKPOINTS
         )
+        hooks = [Rates() if isinstance(hook, LRScheduler) else hook for hook in hooks]
         index = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
         hooks[index : index + 1] = [checkpoints, Evaluation(hooks[index], checkpoints)]
         if metric := best_metric(self.cfg):
@@ -92,14 +97,33 @@ class Trainer(DefaultTrainer):
         state["iteration"] = min(self.iter, self.max_iter - 1)
         return state
 
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError where the state is not of such a run, or is further than SOLVER.MAX_ITER."""
+        with foreign_state_refused():
+            done = checked_iteration(state) + 1
+            if done > self.max_iter:
+                raise ValueError(f"SOLVER.MAX_ITER is {self.max_iter}, and the run has had {done} iterations already.")
+            super().load_state_dict(state)
+
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(cfg, model)
 
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode):
-        mapper = build_mapper(cfg, is_train=True)
-        return build_detection_train_loader(cfg, dataset=load_checked_dicts(cfg), mapper=mapper)
+    def build_train_loader(cls, cfg: CfgNode) -> CountedLoader:
+        records = load_checked_dicts(cfg)
+        order = build_order(cfg, records)
+        images = SeededImages(DatasetFromList(records, copy=False), order, build_mapper(cfg, is_train=True))
+        loader = build_detection_train_loader(
+            images,
+            mapper=None,
+            sampler=order,
+            total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
+            # It would make the order depend on the batch and the processes, and the model pads images to its own size.
+            aspect_ratio_grouping=False,
+            num_workers=cfg.DATALOADER.NUM_WORKERS,
+        )
+        return CountedLoader(loader, order, cfg.SOLVER.IMS_PER_BATCH)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
@@ -160,12 +184,47 @@ class Step(SimpleTrainer):
         get_event_storage().put_scalar("grad_norm", norm)
         self.optimizer.step()
 
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        state["optimizer"] = optimizer_state(self.optimizer, unwrapped(self.model))
+        return {**state, "order": self.data_loader.order.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError where the state is not of such a run."""
+        load_optimizer_state(self.optimizer, unwrapped(self.model), state.get("optimizer"))
+        TrainerBase.load_state_dict(self, state)
+        self.data_loader.order.load_state_dict(state.get("order"))
+        # Whatever has been loaded ahead is of another place.
+        self._data_loader_iter_obj = None
+
     def _diverged(self, what: str) -> FloatingPointError:
         return FloatingPointError(
             f"Training diverged at iteration {self.iter}. {what} This step updated no weights and wrote no checkpoint; "
             "the last one is whole. Try a lower SOLVER.BASE_LR, a longer warm-up, MODEL.KARAT.INIT scaled, or "
             "SOLVER.AMP.ENABLED False."
         )
+
+
+@contextmanager
+def foreign_state_refused() -> Iterator[None]:
+    """Raises ValueError for what reading a run's state raises where it is none."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"It holds no state of a run to resume ({type(error).__name__}: {error}).") from error
+
+
+def checked_iteration(state: Any) -> int:
+    """The last iteration of a run's state; a ValueError if it is none."""
+    iteration = state["iteration"]
+    if type(iteration) is not int or not 0 <= iteration < 2**63:
+        raise ValueError(f"Its last iteration is {iteration!r}, which is none.")
+    return iteration
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The model itself, where it is in a DistributedDataParallel."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def autocast_arguments(cfg: CfgNode) -> dict[str, Any]:
@@ -175,6 +234,23 @@ def autocast_arguments(cfg: CfgNode) -> dict[str, Any]:
         "dtype": torch.bfloat16,
         "enabled": cfg.SOLVER.AMP.ENABLED,
     }
+
+
+class Rates(LRScheduler):
+    """Detectron2's hook, but the rates of a run that resumes are those of the config, and not of the checkpoint."""
+
+    def before_train(self) -> None:
+        super().before_train()
+        self.go_to(self.trainer.start_iter)
+
+    def go_to(self, iteration: int) -> None:
+        """Sets the rates to those with which an iteration begins."""
+        self.scheduler.last_epoch = iteration
+        for group, rate in zip(self._optimizer.param_groups, self.scheduler.get_lr(), strict=True):
+            group["lr"] = rate
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
 
 
 class BestCheckpointer(HookBase):
@@ -214,4 +290,4 @@ class BestCheckpointer(HookBase):
         return {"best": self.best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best = state["best"]
+        self.best = float(state["best"])

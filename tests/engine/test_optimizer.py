@@ -1,3 +1,4 @@
+import copy
 import math
 
 import detectron2.layers.batch_norm
@@ -5,7 +6,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
-from karat_det.engine.optimizer import build_optimizer, lr_factor
+from karat_det.engine.optimizer import build_optimizer, load_optimizer_state, lr_factor, optimizer_state
 from karat_det.engine.setup import load_cfg
 
 
@@ -89,3 +90,148 @@ def test_swins_positions_have_no_weight_decay(configs):
             "layers.0.blocks.0.attn.operator.coefficients",
         )
     }
+
+
+def small_optimizer(*groups):
+    """AdamW of a small model with a bias that no gradient reaches; a group is the names of its parameters."""
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 2), "b": torch.nn.Linear(2, 1)})
+    parameters = dict(model.named_parameters())
+    made = [{"params": [parameters[name] for name in names], "lr": 0.1 * (i + 1)} for i, names in enumerate(groups)]
+    return torch.optim.AdamW(made), model
+
+
+ONE_GROUP = (["a.weight", "a.bias", "b.weight", "b.bias"],)
+
+
+@pytest.fixture
+def small_state():
+    optimizer, model = small_optimizer(*ONE_GROUP)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (model["a"](torch.ones(3)) @ model["b"].weight.T).sum().backward()
+        optimizer.step()
+    return copy.deepcopy(optimizer_state(optimizer, model))
+
+
+def test_the_state_of_a_parameter_finds_it_by_name_in_other_groups(small_state):
+    optimizer, model = small_optimizer(["b.bias", "b.weight"], ["a.bias", "a.weight"])
+    load_optimizer_state(optimizer, model, small_state)
+    order = ["a.weight", "a.bias", "b.weight"]
+    for index, name in enumerate(order):
+        loaded, saved = optimizer.state[model.get_parameter(name)], small_state["state"][index]
+        assert loaded["step"] == saved["step"] == 2
+        assert all(torch.equal(loaded[key], saved[key]) for key in ("exp_avg", "exp_avg_sq"))
+        assert loaded["exp_avg"].data_ptr() != saved["exp_avg"].data_ptr()
+    # No gradient has reached it.
+    assert not optimizer.state.get(model["b"].bias)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.2]
+
+
+def other_shape(state):
+    state["state"][0]["exp_avg"] = torch.zeros(2, 2)
+
+
+def transposed(state):
+    state["state"][0]["exp_avg_sq"] = torch.zeros(3, 2)
+
+
+def whole_numbers(state):
+    state["state"][0]["exp_avg"] = torch.zeros(2, 3, dtype=torch.int64)
+
+
+def no_tensor(state):
+    state["state"][0]["exp_avg"] = [0.0] * 6
+
+
+def sparse(state):
+    state["state"][0]["exp_avg"] = torch.zeros(2, 3).to_sparse()
+
+
+def not_finite(state):
+    state["state"][1]["exp_avg_sq"][0] = math.nan
+
+
+def negative_square(state):
+    state["state"][1]["exp_avg_sq"][0] = -1.0
+
+
+def without_squares(state):
+    del state["state"][2]["exp_avg_sq"]
+
+
+def of_another_optimizer(state):
+    state["state"][2] = {"momentum_buffer": torch.zeros(1, 2)}
+
+
+def steps_of_one_parameter(state):
+    state["state"][0]["step"] = torch.zeros(2)
+
+
+def negative_steps(state):
+    state["state"][0]["step"] = torch.tensor(-1.0)
+
+
+def without_an_entry(state):
+    del state["state"][1]
+
+
+def with_one_entry_more(state):
+    state["state"][9] = state["state"][0]
+
+
+def with_a_number_twice(state):
+    state["param_groups"][0]["params"][1] = 0
+
+
+def without_names(state):
+    del state["param_groups"][0]["param_names"]
+
+
+def with_another_name(state):
+    state["param_groups"][0]["param_names"][1] = "a.gain"
+
+
+def with_a_name_more(state):
+    state["param_groups"].append({"params": [4], "param_names": ["c"]})
+    state["state"][4] = {}
+
+
+def with_a_list_for_groups(state):
+    state["param_groups"][0] = [1]
+
+
+def without_groups(state):
+    del state["param_groups"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (other_shape, r"of a\.weight has as exp_avg \(2, 2\) torch\.float32, where the parameter is \(2, 3\)"),
+        (transposed, r"of a\.weight has as exp_avg_sq \(3, 2\)"),
+        (whole_numbers, r"of a\.weight has as exp_avg \(2, 3\) torch\.int64"),
+        (no_tensor, r"of a\.weight has as exp_avg list"),
+        (sparse, r"of a\.weight has an exp_avg with values that none can have"),
+        (not_finite, r"of a\.bias has an exp_avg_sq with values"),
+        (negative_square, r"of a\.bias has an exp_avg_sq with values"),
+        (without_squares, r"of b\.weight must have step, exp_avg and exp_avg_sq, and has \['exp_avg', 'step'\]"),
+        (of_another_optimizer, r"of b\.weight must have .* and has \['momentum_buffer'\]"),
+        (steps_of_one_parameter, r"of a\.weight has the step .* no count"),
+        (negative_steps, r"of a\.weight has the step .* no count"),
+        (without_an_entry, r"of 'a\.bias', number 1, is missing or there twice"),
+        (with_one_entry_more, r"has 5 entries for 4 parameters"),
+        (with_a_number_twice, r"of a\.bias has as exp_avg \(2, 3\)"),
+        (without_names, r"does not name its parameters"),
+        (with_another_name, r"lacks that of a\.bias"),
+        (with_a_name_more, r"is that of 1 parameters more than the model trains: c"),
+        (with_a_list_for_groups, r"does not name its parameters"),
+        (without_groups, r"is none that an optimizer has saved"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_a_state_of_other_parameters_is_refused_before_it_is_used(small_state, spoil, message):
+    spoil(small_state)
+    optimizer, model = small_optimizer(*ONE_GROUP)
+    with pytest.raises(ValueError, match=message):
+        load_optimizer_state(optimizer, model, small_state)
+    assert not optimizer.state

@@ -1,4 +1,5 @@
 import copy
+import itertools
 import json
 import math
 import shutil
@@ -84,26 +85,35 @@ def equal(a, b):
     return a == b
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_resumed_run_is_the_uninterrupted_one(make_cfg, tmp_path, num_workers):
-    cfg = make_cfg(**{"DATALOADER.NUM_WORKERS": num_workers})
-    train(cfg)
-    other = make_cfg(**{"DATALOADER.NUM_WORKERS": num_workers, "OUTPUT_DIR": tmp_path / "other"})
-    interrupted = Pretrainer(other)
-    after_step = interrupted.after_step
+def train_until(cfg, step, save=True, **arguments):
+    """Trains until a step has been done, and then saves the run if asked to."""
+    trainer = Pretrainer(cfg, **arguments)
+    after_step = trainer.after_step
 
-    def stop_in_the_third_epoch():
+    def stop():
         after_step()
-        if interrupted.iter == 4:
+        if trainer.iter == step:
+            if save:
+                trainer.save("model_last", {})
             raise KeyboardInterrupt
 
-    interrupted.after_step = stop_in_the_third_epoch
+    trainer.after_step = stop
     with pytest.raises(KeyboardInterrupt):
-        interrupted.train()
+        trainer.train()
+
+
+@pytest.mark.parametrize(("workers", "others"), [(0, 2), (2, 0)])
+def test_a_resumed_run_is_the_uninterrupted_one(make_cfg, tmp_path, workers, others):
+    cfg = make_cfg(**{"DATALOADER.NUM_WORKERS": workers})
+    train(cfg)
+    other = make_cfg(**{"DATALOADER.NUM_WORKERS": workers, "OUTPUT_DIR": tmp_path / "other"})
+    # In the first epoch; in the third, where the end of the second was saved last.
+    train_until(other, 0)
+    train_until(other, 4, save=False, resume=True)
     assert saved(other)["epoch"] == 2
-    # Whatever was drawn in the meantime.
+    # Whatever was drawn in the meantime, and with other workers.
     torch.rand(7), np.random.rand(7)
-    train(other, resume=True)
+    train(make_cfg(**{"DATALOADER.NUM_WORKERS": others, "OUTPUT_DIR": tmp_path / "other"}), resume=True)
     a, b = saved(cfg), saved(other)
     assert a.pop("config") != b.pop("config")
     assert a["epoch"] == 3 and a["trainer"]["iteration"] == 5
@@ -112,9 +122,24 @@ def test_a_resumed_run_is_the_uninterrupted_one(make_cfg, tmp_path, num_workers)
     assert not equal(saved(cfg, "model_best"), {}) and a["model"].keys() == a["model_ema"].keys()
 
 
+def test_steps_of_another_size_go_on_at_the_same_image(make_cfg, caplog):
+    cfg = make_cfg(**{"AUG.MIX_PROB": 0.0})
+    every = list(itertools.islice(iter(Pretrainer(cfg).loader), 4))
+    train_until(cfg, 2)
+    caplog.set_level("INFO")
+    # Of 9 images an epoch has 2 steps of 4, or 4 of 2: one is left out. The second epoch goes on with its second half.
+    resumed = Pretrainer(make_cfg(**{"AUG.MIX_PROB": 0.0, "SOLVER.IMS_PER_BATCH": 2}), resume=True)
+    assert resumed.start_iter == 6 and "Going on after epoch 1 and 2 of 4 steps." in caplog.text
+    assert {group["initial_lr"] for group in resumed.step.optimizer.param_groups} == {0.1 * 2 / 512}
+    halves = [images for images, _ in itertools.islice(iter(resumed.loader), 2)]
+    assert torch.equal(torch.cat(halves), every[3][0])
+    resumed.train()
+    assert saved(cfg)["epoch"] == 3 and saved(cfg)["trainer"]["iteration"] == 11
+
+
 def test_epochs_differ_in_order_and_seeds_in_weights(make_cfg, tmp_path):
     first = Pretrainer(make_cfg())
-    batches = first._batches()
+    batches = iter(first.loader)
     epochs = [[next(batches)[0] for _ in range(first.epoch_length)] for _ in range(2)]
     assert not torch.equal(epochs[0][0], epochs[1][0])
     second = Pretrainer(make_cfg(SEED=1))
@@ -201,9 +226,8 @@ def test_weights_that_do_not_fit_are_refused(make_cfg, tmp_path):
         keys = {"MODEL.NAME": "swin_tiny_patch4_window7_224", "MODEL.IMG_SIZE": 224, "MODEL.PATCH_SIZE": 4}
         keys |= {f"MODEL.{key}": None for key in ("EMBED_DIM", "DEPTH", "NUM_HEADS")} | {"MODEL.KARAT.ENABLED": False}
         Pretrainer(make_cfg(**keys, OUTPUT_DIR=tmp_path / "other"), init_from=best)
-    for batch_size, steps in ((2, 4), (8, 1)):
-        with pytest.raises(ValueError, match=rf"saved after 6 steps, which are not its 3 epochs of {steps} steps"):
-            Pretrainer(make_cfg(**{"SOLVER.IMS_PER_BATCH": batch_size}), resume=True)
+    with pytest.raises(ValueError, match=r"SOLVER\.EPOCHS is 2, and the run in .* has had 3 epochs already"):
+        Pretrainer(make_cfg(**{"SOLVER.EPOCHS": 2}), resume=True)
     no_average = make_cfg(**{"SOLVER.EMA_DECAY": 0.0, "OUTPUT_DIR": tmp_path / "plain"})
     train(no_average)
     assert "model_ema" not in saved(no_average)
@@ -292,10 +316,9 @@ def test_too_few_images_for_one_step(make_cfg):
 
 
 def test_the_papers_augmentation_never_asks_for_what_pillow_refuses(make_cfg):
-    loader = Pretrainer(make_cfg()).loader
     operations = [
         operation
-        for transform in loader.dataset.transform.transforms
+        for transform in Pretrainer(make_cfg()).images[0].transform.transforms
         if isinstance(transform, RandAugment)
         for operation in transform.ops
     ]

@@ -1,0 +1,175 @@
+"""A run of a detector that goes on from a checkpoint is the run that never stopped."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from karat_det.data.digits import generate_digits
+from karat_det.engine.setup import load_cfg
+from karat_det.engine.trainer import Trainer
+
+SMALL = {
+    "MODEL.DEVICE": "cpu",
+    "MODEL.VIT.EMBED_DIM": 24,
+    "MODEL.VIT.DEPTH": 2,
+    "MODEL.VIT.DROP_PATH_RATE": 0.3,
+    "MODEL.FPN.OUT_CHANNELS": 8,
+    "MODEL.ROI_BOX_HEAD.CONV_DIM": 8,
+    "MODEL.ROI_BOX_HEAD.FC_DIM": 8,
+    "MODEL.ROI_MASK_HEAD.CONV_DIM": 8,
+    "DATALOADER.NUM_WORKERS": 0,
+    "SOLVER.IMS_PER_BATCH": 2,
+    "SOLVER.MAX_ITER": 6,
+    "SOLVER.CHECKPOINT_PERIOD": 2,
+    "DATASETS.TRAIN": ("eight_digits",),
+    "DATASETS.TEST": (),
+    "KARAT_DATA.NAMES": ["eight_digits"],
+    "SEED": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return generate_digits(tmp_path_factory.mktemp("data"), {"train": 8, "val": 3})
+
+
+@pytest.fixture
+def make_cfg(data, tmp_path, configs):
+    def make(folder="out", **overrides):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        files = {
+            "KARAT_DATA.JSONS": [str(data / "annotations" / "instances_train.json")],
+            "KARAT_DATA.IMAGE_DIRS": [str(data / "train")],
+            "OUTPUT_DIR": tmp_path / folder,
+        }
+        keys = SMALL | files | overrides
+        words = [str(word) for pair in keys.items() for word in pair]
+        return load_cfg(str(configs / "quickstart.yaml"), words)
+
+    return make
+
+
+def start(cfg, resume=False):
+    torch.manual_seed(0)
+    trainer = Trainer(cfg)
+    # Whatever the generators' states are.
+    seed = 1 if resume else 2
+    random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+    trainer.resume_or_load(resume)
+    return trainer
+
+
+def train(cfg, resume=False, until=None):
+    """Trains from the start or from the last checkpoint, until a step has been done or to the end."""
+    trainer = start(cfg, resume)
+    after_step = trainer.after_step
+
+    def stop():
+        after_step()
+        if trainer.iter == until:
+            raise KeyboardInterrupt
+
+    trainer.after_step = stop
+    try:
+        trainer.train()
+    except KeyboardInterrupt:
+        assert trainer.iter == until
+    return trainer
+
+
+def saved(cfg, name="model_final"):
+    return torch.load(Path(cfg.OUTPUT_DIR) / f"{name}.pth", weights_only=True)
+
+
+def differences(a, b, where=""):
+    """Places in nested containers of tensors and numbers that are not the same, bit by bit."""
+    if isinstance(a, torch.Tensor):
+        return [] if torch.equal(a, b) else [where]
+    if isinstance(a, dict) and a.keys() == b.keys():
+        return [place for key in a for place in differences(a[key], b[key], f"{where}.{key}")]
+    if isinstance(a, list | tuple) and len(a) == len(b):
+        return [place for i, pair in enumerate(zip(a, b, strict=True)) for place in differences(*pair, f"{where}.{i}")]
+    return [] if a == b else [f"{where}: {a}, {b}"]
+
+
+def test_stopped_anywhere_it_ends_as_the_unbroken_run_with_any_workers(make_cfg):
+    cfg = make_cfg()
+    train(cfg)
+    other = make_cfg("other")
+    # Before the first checkpoint, one step behind one, at one.
+    train(other, until=0)
+    train(other, until=2)
+    train(make_cfg("other", **{"DATALOADER.NUM_WORKERS": 2}), resume=True, until=3)
+    train(other, resume=True)
+    final = saved(cfg)
+    assert final["trainer"]["_trainer"]["order"] == {"seed": 3, "place": 12, "images": 8}
+    assert not differences(final, saved(other))
+    train(make_cfg("third", SEED=4))
+    assert differences(final["model"], saved(make_cfg("third"))["model"])
+
+
+def rates(trainer):
+    """(learning rate, weight decay) of each parameter, by name."""
+    names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+    return {
+        names[parameter]: (group["lr"], group["weight_decay"])
+        for group in trainer._trainer.optimizer.param_groups
+        for parameter in group["params"]
+    }
+
+
+def test_a_resumed_run_has_the_settings_of_its_config(make_cfg):
+    first = make_cfg()
+    train(first, until=3)
+    averages = saved(first, "model_0000003")["trainer"]["_trainer"]["optimizer"]["state"]
+    # Other rates, other groups of parameters and another schedule.
+    changes = {
+        **{"SOLVER.BASE_LR": 0.02, "SOLVER.WEIGHT_DECAY": 0.0, "SOLVER.LAYER_DECAY": 0.5, "SOLVER.MAX_ITER": 8},
+        **{"SOLVER.IMS_PER_BATCH": 4, "SOLVER.OPERATOR_LR_FACTOR": 3.0},
+    }
+    resumed = start(make_cfg(**changes), resume=True)
+    seen = []
+    before_step = resumed.before_step
+
+    def note():
+        before_step()
+        seen.append((rates(resumed), resumed._trainer.data_loader.order.place))
+
+    resumed.before_step = note
+    new, old = resumed._trainer.optimizer.state_dict()["state"], averages
+    assert {tuple(state["exp_avg"].flatten().tolist()) for state in new.values()} == {
+        tuple(state["exp_avg"].flatten().tolist()) for state in old.values()
+    }
+    resumed.train()
+    assert [place for _, place in seen] == [8, 12, 16, 20]
+    # A run that has had these settings from the start, at the same iteration.
+    fresh = start(make_cfg("fresh", **changes))
+    steps = []
+    fresh.before_step = lambda: steps.append(rates(fresh))
+    fresh.run_step = fresh._trainer.optimizer.step
+    fresh.train()
+    assert [rate for rate, _ in seen] == steps[4:]
+
+
+def test_what_cannot_be_resumed_is_refused_by_name(make_cfg):
+    cfg = make_cfg()
+    train(cfg)
+    with pytest.raises(ValueError, match=r"model_final\.pth: SOLVER\.MAX_ITER is 5, and the run has had 6 iterations"):
+        start(make_cfg(**{"SOLVER.MAX_ITER": 5}), resume=True)
+    path, checkpoint = Path(cfg.OUTPUT_DIR) / "model_final.pth", saved(cfg)
+
+    def refused(match, **changes):
+        torch.save({key: value for key, value in {**checkpoint, **changes}.items() if value is not None}, path)
+        with pytest.raises(ValueError, match=match):
+            start(cfg, resume=True)
+
+    run = checkpoint["trainer"]
+    refused(r"model_final\.pth holds weights and no state of a run, so no run can be resumed from it", trainer=None)
+    refused(r"model_final\.pth: It holds no state of a run to resume", trainer={"iteration": 3})
+    refused(r"model_final\.pth: It holds no state of a run to resume", trainer=[3])
+    refused(r"last iteration is 'six', which is none", trainer={**run, "iteration": "six"})
+    refused(r"place in the order of images is None", trainer={**run, "_trainer": {**run["_trainer"], "order": None}})
+    refused(r"optimizer's state is none", trainer={**run, "_trainer": {**run["_trainer"], "optimizer": None}})
