@@ -27,10 +27,10 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-import yaml
 from tabulate import tabulate
 
 from ..engine.setup import check_model_and_datasets, load_cfg
+from ..yaml_file import read_yaml
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -64,20 +64,19 @@ class Study:
                 do not fit each other.
         """
         path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: there is no such study.")
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is no YAML: {error}") from None
+        content = read_yaml(path, "study")
         expected = {"CONFIG": str, "SETTINGS": dict, "SEEDS": list, "STARTS": dict, "VARIANTS": dict}
-        if not isinstance(content, dict) or set(content) != set(expected):
+        if set(content) != set(expected):
             raise ValueError(f"{path} is no study: it must have the keys {', '.join(expected)}, and no others.")
         for key, kind in expected.items():
             if not isinstance(content[key], kind) or (key != "SETTINGS" and not content[key]):
                 raise ValueError(f"{path}: {key} is {content[key]!r}. It must be a {kind.__name__} and not empty.")
+        if not all(type(seed) is int and 0 <= seed < 2**31 for seed in content["SEEDS"]):
+            raise ValueError(f"{path}: SEEDS is {content['SEEDS']}. They must be whole numbers from 0 to 2147483647.")
         for key in ("STARTS", "VARIANTS"):
             for name, settings in content[key].items():
+                if not any(letter.isalnum() for letter in name):
+                    raise ValueError(f"{path}: one of {key} is {name!r}. A name must have a letter or a digit.")
                 if not isinstance(settings, dict):
                     raise ValueError(f"{path}: {key} {name!r} is {settings!r}. It must map config keys to values.")
         study = cls(

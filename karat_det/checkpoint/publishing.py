@@ -10,9 +10,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import yaml
 from tabulate import tabulate
 
+from ..yaml_file import read_yaml
 from .files import read_weights, write_weights
 from .layouts import LAYOUTS, convert_state
 from .loading import check_weights_file
@@ -77,14 +77,14 @@ def write_card(weights: str, run: str, checkpoint: dict[str, Any], *, commit: st
     config_file, metrics_file = find_run(run)
     config = config_file.read_text(encoding="utf-8")
     try:
-        values = yaml.safe_load(config)
+        values = read_yaml(config_file, "config")
         is_classifier = "DATA" in values
         if is_classifier:
             data = {"trained on": f"{values['DATA']['NAME']}, {values['DATA']['ROOT']}"}
         else:
             datasets = values["DATASETS"]
             data = {"trained on": ", ".join(datasets["TRAIN"]), "evaluated on": ", ".join(datasets["TEST"])}
-    except (yaml.YAMLError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{config_file} is no config of a run: it says nothing of its data ({error!r}).") from error
     iteration, figures = _figures(metrics_file, checkpoint)
     about = {

@@ -1,17 +1,17 @@
 """From a command line to a checked config and running processes, before anything is built."""
 
-import difflib
 import logging
 import os
 
 import torch
-import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 
 from ..config import add_karat_config
 from ..data.registration import check_datasets, register_from_config
+from ..yaml_file import read_config
 from .checks import check_detector_config
+from .config_values import merge_values
 
 logger = logging.getLogger(__name__)
 
@@ -61,26 +61,16 @@ def merge(cfg: CfgNode, config_file: str, opts: list[str]) -> None:
         FileNotFoundError: there is no such file.
         ValueError: it cannot be read, a key is unknown, or a value is of another type than the default.
     """
-    known = list(_keys(cfg))
-    if config_file:
-        if not os.path.isfile(config_file):
-            raise FileNotFoundError(f"--config-file {config_file}: there is no such file.")
-        try:
-            cfg.merge_from_file(config_file, allow_unsafe=False)  # YAML can ask for code to be run
-        except KeyError as error:
-            key = str(error.args[0]).rpartition(" ")[2]
-            raise ValueError(f"{config_file}: {_unknown(key, known)}") from None
-        except (yaml.YAMLError, AssertionError, ValueError, TypeError, AttributeError, OSError) as error:
-            raise ValueError(f"{config_file} is no config that can be read: {error}") from None
     if len(opts) % 2:
         raise ValueError(f"Overrides are pairs KEY VALUE; these are {len(opts)} words: {' '.join(opts)}")
-    for key in opts[::2]:
-        if key not in known:
-            raise ValueError(_unknown(key, known))
-    try:
-        cfg.merge_from_list(opts)
-    except (AssertionError, ValueError) as error:
-        raise ValueError(f"An override does not fit its key: {error}") from None
+    if config_file:
+        try:
+            merge_values(cfg, read_config(config_file), [])
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"--config-file {error}") from None
+        except ValueError as error:
+            raise ValueError(str(error) if str(error).startswith(config_file) else f"{config_file}: {error}") from None
+    merge_values(cfg, {}, opts)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     if cfg.MODEL.DEVICE == "cpu" and "SOLVER.AMP.ENABLED" not in opts:
@@ -132,19 +122,3 @@ def check_output_dir(output_dir: str) -> None:
             f"{', …' if len(checkpoints) > 3 else ''}). Add --resume to go on with that run, or name another "
             "OUTPUT_DIR."
         )
-
-
-def _keys(cfg: CfgNode, prefix: str = ""):
-    for key, value in cfg.items():
-        if isinstance(value, CfgNode):
-            yield from _keys(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key
-
-
-def _unknown(key: str, known: list[str]) -> str:
-    name, sign, value = key.partition("=")
-    if sign and name in known:
-        return f"There is no key {key}. Key and value are two words here: {name} {value!r}."
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
-    return f"There is no key {key}." + (f" Did you mean {near[0]}?" if near else "")
