@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # $(call step,what is done,command): says what is done, does it, says how long it took.
 step = @echo "==> $(1)"; start=$$(date +%s); $(2) && echo "==> Done in $$(( $$(date +%s) - start )) s"
 
-.PHONY: help install demo demo-pretrained test lint
+.PHONY: help install demo demo-pretrained test lint check-gpu
 
 help:
 	@echo "make demo     install, train the quickstart config on the embedded dataset, evaluate it and draw its masks"
@@ -24,6 +24,8 @@ help:
 	@echo "              pretrain a classifier on crops of the digits, and show what a detector gains by its weights"
 	@echo "make install  install everything into .venv (some 3 GB to download, 6 GB on disk); a second run does nothing"
 	@echo "make test     install, then run the test suite in up to 4 processes (ARGS='-k name' picks tests)"
+	@echo "make check-gpu"
+	@echo "              install, then check in under ten minutes what needs a GPU, and print a table to paste into an issue"
 	@echo "make lint     install, then run the linter"
 	@echo "PYTHON=python3.12 picks the Python that .venv is made with: 3.10 to 3.13. To start over: rm -rf .venv"
 
@@ -37,6 +39,9 @@ demo-pretrained: $(STAMP)
 
 test: $(STAMP)
 	@$(VENV_PYTHON) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
+
+check-gpu: $(STAMP)
+	@$(VENV_PYTHON) tools/check_gpu.py $(ARGS)
 
 lint: $(STAMP)
 	@$(VENV_PYTHON) -m ruff check .

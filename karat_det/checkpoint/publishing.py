@@ -92,7 +92,7 @@ def write_card(weights: str, run: str, checkpoint: dict[str, Any], *, commit: st
         "SHA-256": hashlib.sha256(Path(weights).read_bytes()).hexdigest(),
         **data,
         "iterations": iteration + 1,
-        "commit": commit or _commit(),
+        "commit": commit or working_commit(),
     }
     card = Path(weights).with_suffix(".md")
     text = [
@@ -144,7 +144,7 @@ def _figures(metrics_file: Path, checkpoint: dict[str, Any]) -> tuple[int, dict[
     return iteration, evaluations[iteration]
 
 
-def _commit() -> str:
+def working_commit() -> str:
     """Commit of the working copy that the package lies in; "unknown" if none, or another project's, has it."""
     package = Path(__file__).resolve().parents[1]
     try:

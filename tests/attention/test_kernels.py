@@ -11,27 +11,11 @@ from hypothesis import strategies as st
 
 triton = pytest.importorskip("triton", reason="Triton comes with PyTorch's CUDA builds for Linux, and this is another")
 
-import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
 
 from karat_det.attention import kernels  # noqa: E402
 
 LAUNCHED = ("_forward_kernel", "_query_gradient_kernel", "_key_gradient_kernel")
-
-
-@pytest.fixture
-def interpreted(monkeypatch):
-    """The kernels run by Triton's interpreter, but for what it does not know: fast sines, and products of bfloat16."""
-    for name, function in list(vars(kernels).items()):
-        if isinstance(function, triton.JITFunction):
-            inside = InterpretedFunction(function.fn)
-            # Called by itself, a function that others use would prepare the interpreter anew each time: 20 ms.
-            monkeypatch.setattr(kernels, name, inside if name in LAUNCHED else inside.rewrite())
-    # Looked up when called: the interpreter replaces the functions of the language while it runs.
-    exact = SimpleNamespace(fast_sinf=lambda x: tl.sin(x), fast_cosf=lambda x: tl.cos(x))
-    monkeypatch.setattr(kernels, "libdevice", exact)
-    monkeypatch.setattr(kernels, "_dot", lambda a, b: tl.dot(a.to(tl.float32), b.to(tl.float32)))
 
 
 def plain_sums(query, key, coefficients, scale, bias=None):
