@@ -101,6 +101,7 @@ def add_karat_config(cfg: CN) -> None:
     cfg.SOLVER.CHECKPOINT_MINUTES = 0.0
     # How many of the checkpoints of CHECKPOINT_PERIOD stay, the last ones; 0 is all. model_best.pth always stays.
     cfg.SOLVER.KEEP_CHECKPOINTS = 0
+    _add_divergence(cfg.SOLVER)
     # AdamW's betas and epsilon.
     cfg.SOLVER.BETAS = (0.9, 0.999)
     cfg.SOLVER.EPS = 1e-6
@@ -213,6 +214,7 @@ def _add_pretraining(cfg: CfgNode) -> None:
     cfg.SOLVER.EMA_DECAY = 0.99992
     # Beside the end of each epoch, minutes after which a run is saved, as model_last.pth; 0.0 is never.
     cfg.SOLVER.CHECKPOINT_MINUTES = 0.0
+    _add_divergence(cfg.SOLVER)
     # As in Detectron2; "full_model" clips by the norm of all gradients together.
     cfg.SOLVER.CLIP_GRADIENTS = CN()
     cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
@@ -232,6 +234,21 @@ def _add_pretraining(cfg: CfgNode) -> None:
     # Of weights, order of the data and augmentation. A resumed run goes on as the one that was never interrupted.
     cfg.SEED = 0
     cfg.OUTPUT_DIR = "output/pretrain"
+
+
+def _add_divergence(solver: CfgNode) -> None:
+    """Adds to SOLVER what a run does where it diverges."""
+    # Where the loss, the gradient or the update is not finite: "skip_not_finite" lets a step whose loss or gradient is
+    # not finite update nothing, and goes on; "skip" does so too where the norm of the gradient is over SPIKE_FACTOR
+    # times its running median; "rollback" goes back to the weights of the last checkpoint in either case, and on with
+    # the images that follow, at half the learning rate; "stop" ends the run. So does an update that overflows, but for
+    # "rollback".
+    solver.ON_DIVERGENCE = "skip_not_finite"
+    # Steps in a row that may be skipped; the next one ends the run.
+    solver.MAX_SKIPPED_STEPS = 5
+    solver.SPIKE_FACTOR = 20.0
+    # How often a run may go back; the next time ends it.
+    solver.MAX_ROLLBACKS = 3
 
 
 def _add_operator(model: CfgNode) -> None:

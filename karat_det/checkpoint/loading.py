@@ -81,7 +81,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         if resume and self.has_checkpoint():
             self.strict = self.complete = True
             self.resumes = True
-            path, self._read = self._last_that_can_be_read()
+            path, self._read = self.last_that_can_be_read()
             return self.load(path)
         if not path:
             logger.info("MODEL.WEIGHTS names no file: training starts from random weights.")
@@ -114,8 +114,8 @@ class SafeCheckpointer(DetectionCheckpointer):
         logger.info("Saving checkpoint to %s", os.path.join(self.save_dir, f"{name}.pth"))
         write_checkpoint(content, self.save_dir, f"{name}.pth")
 
-    def _last_that_can_be_read(self) -> tuple[str, dict[str, Any]]:
-        """Path and content of the run's last checkpoint that can be read."""
+    def last_that_can_be_read(self) -> tuple[str, dict[str, Any]]:
+        """Path and content of the run's last checkpoint that can be read. ValueError if none can."""
         refused = []
         for path in checkpoints(self.save_dir):
             try:

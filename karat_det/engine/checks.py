@@ -7,6 +7,7 @@ from detectron2.utils import comm
 from timm.data.auto_augment import rand_augment_transform
 
 from ..data.mapper import build_augmentation
+from .divergence import ACTIONS
 from .optimizer import FULL_MODEL
 
 
@@ -144,3 +145,12 @@ def _check_faults(cfg: CfgNode) -> None:
     minutes = cfg.SOLVER.CHECKPOINT_MINUTES
     if not 0 <= minutes < math.inf:
         raise ValueError(f"SOLVER.CHECKPOINT_MINUTES is {minutes}. It must be a number of minutes, or 0 for never.")
+    if cfg.SOLVER.ON_DIVERGENCE not in ACTIONS:
+        raise ValueError(
+            f"SOLVER.ON_DIVERGENCE is {cfg.SOLVER.ON_DIVERGENCE!r}, which is unknown. Known: {', '.join(ACTIONS)}."
+        )
+    for key in ("MAX_SKIPPED_STEPS", "MAX_ROLLBACKS"):
+        if cfg.SOLVER[key] < 0:
+            raise ValueError(f"SOLVER.{key} is {cfg.SOLVER[key]}. It must be at least 0.")
+    if not 1 < cfg.SOLVER.SPIKE_FACTOR < math.inf:
+        raise ValueError(f"SOLVER.SPIKE_FACTOR is {cfg.SOLVER.SPIKE_FACTOR}. It must be above 1.")

@@ -128,6 +128,7 @@ class Pretrainer(TrainerBase):
         self.checkpointer = SafeCheckpointer(
             self.model, cfg.OUTPUT_DIR, save_to_disk=comm.is_main_process(), trainer=self, **averaged
         )
+        self.step.checkpointer = self.checkpointer
         after_epoch = _AfterEpoch()
         stopping = _BetweenEpochs(after_epoch, cfg.SOLVER.CHECKPOINT_MINUTES)
         self.register_hooks([IterationTimer(), _AfterStep(), stopping, after_epoch])
@@ -399,7 +400,7 @@ class ProgressLine(EventWriter):
 
     def write(self) -> None:
         storage, trainer = get_event_storage(), self.trainer
-        if storage.iter >= trainer.max_iter or "time" not in storage.histories():
+        if storage.iter >= trainer.max_iter or not {"time", "total_loss"} <= storage.histories().keys():
             return
         seconds = storage.history("time").median(20)
         left = datetime.timedelta(seconds=int(seconds * (trainer.max_iter - storage.iter - 1)))
@@ -417,7 +418,7 @@ class _AfterStep(HookBase):
 
     def after_step(self) -> None:
         trainer, storage = self.trainer, self.trainer.storage
-        if trainer.ema:
+        if trainer.ema and trainer.step.updated:
             trainer.ema.update(trainer.model, step=trainer.iter + 1)
         storage.put_scalar(
             "lr", max(group["lr"] for group in trainer.step.optimizer.param_groups), smoothing_hint=False

@@ -1,4 +1,4 @@
-"""The training loop: Detectron2's, with bfloat16 on any device, clipping by the total norm, and a stop at NaN."""
+"""The training loop: Detectron2's, with bfloat16 on any device, clipping by the total norm, and an answer to NaN."""
 
 import logging
 import math
@@ -18,14 +18,16 @@ from detectron2.utils.events import get_event_storage
 from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint.loading import SafeCheckpointer
-from ..checkpoint.run_folder import clear_partial, end_metrics
+from ..checkpoint.run_folder import clear_partial, end_metrics, first_not_finite
 from ..data.mapper import build_mapper
 from ..data.registration import load_checked_dicts
 from ..evaluation.coco import FasterCOCOEvaluator
 from . import signals
+from .divergence import Divergence
 from .hooks import Checkpoints, Evaluation
 from .optimizer import FULL_MODEL, build_optimizer, load_optimizer_state, optimizer_state
 from .order import CountedLoader, SeededImages, build_order
+from .processes import agree
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,7 @@ class Trainer(DefaultTrainer):
         self.checkpointer = SafeCheckpointer(
             model, cfg.OUTPUT_DIR, strict=cfg.MODEL.WEIGHTS_STRICT, trainer=weakref.proxy(self)
         )
+        self._trainer.checkpointer = self.checkpointer
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.register_hooks(self.build_hooks())
 
@@ -148,7 +151,12 @@ def best_metric(cfg: CfgNode) -> str | None:
 class Step(SimpleTrainer):
     """One optimiser step: forward under bfloat16 if SOLVER.AMP.ENABLED, backward, clip, update.
 
-    Detectron2's AMPTrainer is for CUDA and float16; bfloat16 needs no loss scaling, and runs on the CPU too.
+    Detectron2's AMPTrainer is for CUDA and float16; bfloat16 needs no loss scaling, and runs on the CPU too. Where a
+    loss, a gradient or the update is not finite, SOLVER.ON_DIVERGENCE says what becomes of the run.
+
+    Attributes:
+        updated: whether the last step has changed the weights.
+        checkpointer: of the run, once there is one.
     """
 
     def __init__(self, model, data_loader, optimizer, cfg: CfgNode):
@@ -159,50 +167,96 @@ class Step(SimpleTrainer):
         self.max_norm = clip.CLIP_VALUE if clip.ENABLED and clip.CLIP_TYPE == FULL_MODEL else math.inf
         self.norm_type = clip.NORM_TYPE
         self.last_losses: dict[str, float] = {}
+        self.divergence = Divergence(cfg.SOLVER)
+        self.checkpointer: SafeCheckpointer | None = None
+        self.updated = False
 
     def run_step(self) -> None:
         start = time.perf_counter()
         data = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
+        before, self.updated = self.last_losses, False
+        losses, reason = {}, ""
         try:
             with torch.autocast(**self.autocast):
                 losses = self.model(data)
         except FloatingPointError as error:
             # Detectron2's RPN sees NaN before there is a loss.
-            raise self._diverged(f"{error} Loss terms of the step before: {self.last_losses or 'none'}.") from error
+            reason = f"{error} Loss terms of the step before: {before or 'none'}."
+        terms = {name: loss.item() for name, loss in losses.items()}
+        if not all(map(math.isfinite, terms.values())):
+            reason = f"The loss is not finite. Loss terms: {terms}; of the step before: {before or 'none'}."
+        # Before the backward pass, in which each process would wait for the others.
+        if agree(bool(reason))[0]:
+            self._diverged(reason or "The loss of another process is not finite.")
+            return
+        self.last_losses = terms
         self.optimizer.zero_grad()
         sum(losses.values()).backward()
-        before, self.last_losses = self.last_losses, {name: loss.item() for name, loss in losses.items()}
-        if not all(map(math.isfinite, self.last_losses.values())):
-            raise self._diverged(
-                f"The loss is not finite. Loss terms: {self.last_losses}; of the step before: {before or 'none'}."
-            )
-        self._write_metrics(losses, data_time)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm, self.norm_type).item()
         if not math.isfinite(norm):
-            raise self._diverged(f"The gradient is not finite. Loss terms: {self.last_losses}.")
-        get_event_storage().put_scalar("grad_norm", norm)
+            self._diverged(f"The gradient is not finite. Loss terms: {terms}.")
+            return
+        if spike := self.divergence.spike(norm):
+            self._diverged(spike)
+            return
+        self._write_metrics(losses, data_time)
+        self._count(grad_norm=norm)
+        for group in self.optimizer.param_groups:
+            # The schedule sets the rate anew for each step.
+            group["lr"] *= self.divergence.rate_factor
         self.optimizer.step()
+        self.updated = True
+        if lost := first_not_finite(dict(self.model.named_parameters())):
+            self._diverged(f"The update made {lost} not finite. Loss terms: {terms}.", lost)
+            return
+        self.divergence.passed(norm)
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
         state["optimizer"] = optimizer_state(self.optimizer, unwrapped(self.model))
-        return {**state, "order": self.data_loader.order.state_dict()}
+        return {**state, "order": self.data_loader.order.state_dict(), "divergence": self.divergence.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError where the state is not of such a run."""
         load_optimizer_state(self.optimizer, unwrapped(self.model), state.get("optimizer"))
         TrainerBase.load_state_dict(self, state)
         self.data_loader.order.load_state_dict(state.get("order"))
+        self.divergence.load_state_dict(state.get("divergence", {}))
         # Whatever has been loaded ahead is of another place.
         self._data_loader_iter_obj = None
 
-    def _diverged(self, what: str) -> FloatingPointError:
-        return FloatingPointError(
-            f"Training diverged at iteration {self.iter}. {what} This step updated no weights and wrote no checkpoint; "
-            "the last one is whole. Try a lower SOLVER.BASE_LR, a longer warm-up, MODEL.KARAT.INIT scaled, or "
-            "SOLVER.AMP.ENABLED False."
-        )
+    def restore(self) -> str:
+        """Gives the run the weights, their averages and the optimiser's state of its last checkpoint.
+
+        Where the run is stays as it is: its iteration, its schedule, and its place in the order of images.
+
+        Returns:
+            Path of the checkpoint; "" if there is none.
+        """
+        if not (self.checkpointer and self.checkpointer.has_checkpoint()):
+            return ""
+        path, content = self.checkpointer.last_that_can_be_read()
+        self.checkpointer.model.load_state_dict(content["model"])
+        for key, held in self.checkpointer.checkpointables.items():
+            if isinstance(held, torch.nn.Module):
+                held.load_state_dict(content[key])
+        trainer = content["trainer"]
+        state = trainer["_trainer"] if "_trainer" in trainer else trainer["step"]
+        load_optimizer_state(self.optimizer, unwrapped(self.model), state["optimizer"])
+        return path
+
+    def _diverged(self, reason: str, lost: str = "") -> None:
+        lost = lost or first_not_finite(dict(self.model.named_parameters()))
+        folder = self.checkpointer.save_dir if self.checkpointer else ""
+        self.divergence.answer(reason, self.iter, lost, folder, self.restore)
+        self.updated = False
+        self._count()
+
+    def _count(self, **scalars: float) -> None:
+        counts = {"skipped_steps": self.divergence.skipped, "rollbacks": self.divergence.rollbacks}
+        get_event_storage().put_scalars(smoothing_hint=False, **counts)
+        get_event_storage().put_scalars(**scalars)
 
 
 @contextmanager

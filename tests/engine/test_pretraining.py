@@ -246,7 +246,7 @@ def test_a_finished_run_does_nothing_and_goes_on_with_more_epochs(make_cfg, capl
     assert saved(cfg)["epoch"] == 4
 
 
-def test_a_loss_that_is_no_number_stops_with_the_step_and_keeps_the_checkpoint(make_cfg):
+def test_weights_that_are_no_numbers_stop_the_run_and_keep_the_checkpoint(make_cfg):
     cfg = make_cfg()
     trainer = Pretrainer(cfg)
     before_step = trainer.before_step

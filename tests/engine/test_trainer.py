@@ -119,9 +119,11 @@ class Quadratic(torch.nn.Module):
         return {"loss_a": self.loss(30 * self.a), "loss_b": 40 * self.b}
 
 
-def make_step(model, clip_type="full_model", enabled=True):
+def make_step(model, clip_type="full_model", enabled=True, action="stop"):
     clip = CfgNode({"ENABLED": enabled, "CLIP_TYPE": clip_type, "CLIP_VALUE": 1.0, "NORM_TYPE": 2.0})
-    cfg = CfgNode({"MODEL": {"DEVICE": "cpu"}, "SOLVER": {"AMP": {"ENABLED": False}, "CLIP_GRADIENTS": clip}})
+    faults = {"ON_DIVERGENCE": action, "MAX_SKIPPED_STEPS": 2, "MAX_ROLLBACKS": 1, "SPIKE_FACTOR": 20.0}
+    solver = {"AMP": {"ENABLED": False}, "CLIP_GRADIENTS": clip, **faults}
+    cfg = CfgNode({"MODEL": {"DEVICE": "cpu"}, "SOLVER": solver})
     return Step(model, iter([None] * 9), torch.optim.SGD(model.parameters(), lr=1.0), cfg)
 
 
