@@ -34,8 +34,9 @@ from typing import Any
 import numpy as np
 import pycocotools.mask as mask_util
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
 from PIL import Image
+
+from .coco_datasets import records_of
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +89,7 @@ class _Loader:
 
     def __call__(self) -> list[dict[str, Any]]:
         generate_digits(self.root)
-        metadata = MetadataCatalog.get(self.name)
-        return load_coco_json(metadata.json_file, metadata.image_root, self.name)
+        return records_of(self.name)
 
 
 def generate_digits(root: str | os.PathLike, num_scenes: dict[str, int] | None = None) -> Path:

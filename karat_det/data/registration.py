@@ -1,29 +1,28 @@
 """The datasets of a config: registers your own, and loads and checks those of a run before it starts.
 
-Your own data is in COCO format and named in the KARAT_DATA keys. A record is Detectron2's dataset dict: one image's
-file, size, id and annotations. Loading COCO's training set takes half a minute, so it is done once:
+Your own data is in COCO format and named in the KARAT_DATA keys; what is in a JSON is checked by `formats.coco`. A
+record is Detectron2's dataset dict: one image's file, size, id and annotations. Loading COCO's training set takes half
+a minute, so it is done once:
 
     build_detection_train_loader(cfg, mapper=build_mapper(cfg, is_train=True), dataset=load_checked_dicts(cfg))
 """
 
 import difflib
-import json
 import os
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.build import filter_images_with_only_crowd_annotations, print_instances_class_histogram
-from detectron2.data.datasets import register_coco_instances
 
-from .digits import DIGITS_NAMES
+from .coco_datasets import Record, is_coco, load_coco, register_coco, source_of
+from .digits import DIGITS_NAMES, generate_digits
+from .formats.coco import Id, read_categories
 from .image_check import check_images
 
-Record = dict[str, Any]
-
-# What this module registered: name -> (JSON file, image folder, class names).
-_registered: dict[str, tuple[str, str, list[str]]] = {}
+# What this module registered: name -> (JSON file, image folder, class ids and names).
+_registered: dict[str, tuple[str, str, tuple[list[Id], list[str]]]] = {}
 
 
 def register_from_config(cfg: CfgNode) -> None:
@@ -60,14 +59,10 @@ def register_from_config(cfg: CfgNode) -> None:
             raise FileNotFoundError(_missing(f"KARAT_DATA.JSONS[{index}]", name, json_file, "file"))
         if not os.path.isdir(image_dir):
             raise FileNotFoundError(_missing(f"KARAT_DATA.IMAGE_DIRS[{index}]", name, image_dir, "folder"))
-        entry = (json_file, image_dir, _read_class_names(json_file, f"KARAT_DATA.JSONS[{index}]"))
-        if name in _registered:
-            if _registered[name] == entry:
-                continue
-            DatasetCatalog.remove(name)
-            MetadataCatalog.remove(name)
-        register_coco_instances(name, {"thing_classes": entry[2]}, json_file, image_dir)
-        _registered[name] = entry
+        entry = (json_file, image_dir, read_categories(json_file, f"KARAT_DATA.JSONS[{index}], {json_file},"))
+        if _registered.get(name) != entry:
+            register_coco(name, *entry)
+            _registered[name] = entry
 
 
 def _missing(key: str, name: str, path: str, kind: str) -> str:
@@ -75,23 +70,6 @@ def _missing(key: str, name: str, path: str, kind: str) -> str:
         f"{key} is {path!r}, for the dataset {name!r}, but there is no such {kind} ({os.path.abspath(path)}). "
         "Correct the path; a relative one starts at the current folder."
     )
-
-
-def _read_class_names(json_file: str, key: str) -> list[str]:
-    try:
-        with open(json_file, encoding="utf-8") as file:
-            categories = json.load(file)["categories"]
-        class_names = [str(category["name"]) for category in sorted(categories, key=lambda category: category["id"])]
-    except ValueError as error:
-        raise ValueError(f"{key}, {json_file}, is not a JSON file: {error}. Write it anew.") from error
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{key}, {json_file}, is not in COCO format: it must be an object whose 'categories' is a list of objects "
-            f"with 'id' and 'name' ({type(error).__name__}: {error})."
-        ) from error
-    if not class_names:
-        raise ValueError(f"{key}, {json_file}, has no categories; list the classes under 'categories'.")
-    return class_names
 
 
 def check_datasets(cfg: CfgNode, training: bool) -> None:
@@ -102,8 +80,7 @@ def check_datasets(cfg: CfgNode, training: bool) -> None:
         training: whether DATASETS.TRAIN is used.
 
     Raises:
-        ValueError: DATASETS.TRAIN is empty; a name is unknown; a dataset's classes are not as many as
-            MODEL.ROI_HEADS.NUM_CLASSES.
+        ValueError: DATASETS.TRAIN is empty; a name is unknown; a dataset's classes are not as many as the model's.
         FileNotFoundError: a JSON or an image folder does not exist.
     """
     if training and not cfg.DATASETS.TRAIN:
@@ -139,8 +116,8 @@ def load_checked_dicts(cfg: CfgNode) -> list[Record]:
 
     Raises:
         ValueError: DATASETS.TRAIN is empty or names an unknown dataset; a JSON is broken, not in COCO format, or its
-            categories are not as many as MODEL.ROI_HEADS.NUM_CLASSES or not those of the other datasets; no image
-            is left to train on; masks are missing, or not in the format that INPUT.MASK_FORMAT needs.
+            categories are not as many as the model's or not those of the other datasets; no image is left to train on;
+            masks are missing, or not in the format that INPUT.MASK_FORMAT needs.
         FileNotFoundError: a JSON, an image folder or an image does not exist.
         OSError: a file is no image or damaged (see `check_images`), or the embedded dataset cannot be written.
     """
@@ -160,7 +137,7 @@ def load_checked_dicts(cfg: CfgNode) -> list[Record]:
             raise ValueError(
                 f"None of the {num_images} images of DATASETS.TRAIN = {tuple(names)} has annotations (crowds aside), "
                 "and DATALOADER.FILTER_EMPTY_ANNOTATIONS True leaves such images out, so nothing is left to train on. "
-                f"Check the 'annotations' of {', '.join(_source(name) for name in names)}."
+                f"Check the 'annotations' of {', '.join(source_of(name) for name in names)}."
             )
     print_instances_class_histogram(records, MetadataCatalog.get(names[0]).thing_classes)
     return records
@@ -190,40 +167,45 @@ def load_checked_test_dicts(cfg: CfgNode) -> list[Record]:
 
 def _load(cfg: CfgNode, key: str, name: str) -> list[Record]:
     metadata = MetadataCatalog.get(name)
+    if name in DIGITS_NAMES:
+        generate_digits(Path(metadata.json_file).parents[2])
     try:
-        records = DatasetCatalog.get(name)
+        if is_coco(name):
+            records = load_coco(name, cfg.MODEL.MASK_ON, keep=name in cfg.DATASETS.TEST)
+        else:
+            records = DatasetCatalog.get(name)
     except FileNotFoundError as error:
         if error.filename is None:
             raise
         raise FileNotFoundError(_not_there(cfg, key, name, error.filename)) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{_source(name)} is not a JSON file: {error}. Write or download it anew.") from error
-    except AssertionError as error:
-        if "in the metadata of" not in str(error):
-            raise ValueError(f"{_source(name)} is not in COCO format: {error}") from error
-        raise ValueError(
-            f"{_source(name)} does not have the categories that belong to this name, which are "
-            f"{_shortened(metadata.thing_classes)}. For other categories, name the data by the KARAT_DATA keys."
-        ) from error
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{_source(name)} is not in COCO format: {type(error).__name__}: {error}") from error
 
     if not records:
-        raise ValueError(f"{_source(name)} lists no images; {key} needs datasets that hold some.")
+        raise ValueError(f"{source_of(name)} lists no images; {key} needs datasets that hold some.")
     if metadata.get("thing_classes") is None:
         raise ValueError(f"{key} names {name!r}, which has no object classes; choose a detection dataset.")
     _check_number_of_classes(cfg, key, name)
-    check_images(records, _source(name), metadata.get("json_file"), hint=_root_hint(cfg, name))
+    check_images(records, source_of(name), metadata.get("json_file"), hint=_root_hint(cfg, name))
     return records
+
+
+def num_classes_key(cfg: CfgNode) -> str:
+    """The key that says how many classes the model has: that of its architecture's own part, as MODEL.RETINANET, else
+    MODEL.ROI_HEADS.NUM_CLASSES."""
+    own = cfg.MODEL.META_ARCHITECTURE.upper()
+    return f"MODEL.{own if 'NUM_CLASSES' in cfg.MODEL.get(own, ()) else 'ROI_HEADS'}.NUM_CLASSES"
+
+
+def num_classes(cfg: CfgNode) -> int:
+    """How many classes the model has."""
+    return cfg.MODEL[num_classes_key(cfg).split(".")[1]].NUM_CLASSES
 
 
 def _check_number_of_classes(cfg: CfgNode, key: str, name: str) -> None:
     classes = MetadataCatalog.get(name).thing_classes
-    num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    if len(classes) != num_classes:
+    if len(classes) != num_classes(cfg):
         raise ValueError(
-            f"{_source(name)} has {len(classes)} categories ({_shortened(classes)}), but "
-            f"MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}. Set MODEL.ROI_HEADS.NUM_CLASSES to {len(classes)}, "
+            f"{source_of(name)} has {len(classes)} categories ({_shortened(classes)}), but "
+            f"{num_classes_key(cfg)} is {num_classes(cfg)}. Set {num_classes_key(cfg)} to {len(classes)}, "
             f"or choose another dataset in {key}."
         )
 
@@ -254,45 +236,41 @@ def _root_hint(cfg: CfgNode, name: str) -> str:
     )
 
 
-def _source(name: str) -> str:
-    """What a user calls the dataset: its JSON, if it has one, and its name."""
-    json_file = MetadataCatalog.get(name).get("json_file")
-    return f"{json_file} (dataset {name!r})" if json_file else f"Dataset {name!r}"
-
-
 def _shortened(items: Sequence[str], at_most: int = 5) -> str:
     return ", ".join(items[:at_most]) + (", …" if len(items) > at_most else "")
 
 
 def _check_annotations(cfg: CfgNode, name: str, records: list[Record], training: bool) -> None:
+    """Checks whether all objects have the boxes and masks that the model needs."""
     without_box, without_mask, with_rle = [], [], []
     for record in records:
         for annotation in record.get("annotations", ()):
             if training and annotation.get("iscrowd", 0):
                 continue
             if "bbox" not in annotation:
-                without_box.append(record)
+                without_box.append(record["file_name"])
             if "segmentation" not in annotation:
-                without_mask.append(record)
+                without_mask.append((annotation.get("id"), record["file_name"]))
             elif isinstance(annotation["segmentation"], dict):
-                with_rle.append(record)
+                with_rle.append((annotation.get("id"), record["file_name"]))
     if without_box:
         raise ValueError(
-            f"{_source(name)} is not in COCO format: {len(without_box)} annotations have no 'bbox', the first of them "
-            f"in image {without_box[0]['file_name']}."
+            f"{source_of(name)}: {len(without_box)} annotations have no 'bbox', the first of them in image "
+            f"{without_box[0]}."
         )
     if not cfg.MODEL.MASK_ON:
         return
     if without_mask:
         raise ValueError(
-            f"{_source(name)}: {len(without_mask)} annotations have no 'segmentation', the first of them in image "
-            f"{without_mask[0]['file_name']}, but MODEL.MASK_ON is True. "
+            f"{source_of(name)}: {len(without_mask)} annotations have no 'segmentation', the first of them, id "
+            f"{without_mask[0][0]!r}, in image {without_mask[0][1]}, but MODEL.MASK_ON is True. "
             "Set MODEL.MASK_ON False to find boxes only, or add the masks."
         )
     if training and with_rle and cfg.INPUT.MASK_FORMAT == "polygon":
         raise ValueError(
-            f"{_source(name)}: {len(with_rle)} annotations have run-length encoded masks, the first of them in image "
-            f"{with_rle[0]['file_name']}, but INPUT.MASK_FORMAT is 'polygon'. Set INPUT.MASK_FORMAT bitmask."
+            f"{source_of(name)}: {len(with_rle)} annotations have run-length encoded masks, the first of them, id "
+            f"{with_rle[0][0]!r}, in image {with_rle[0][1]}, but INPUT.MASK_FORMAT is 'polygon'. "
+            "Set INPUT.MASK_FORMAT bitmask."
         )
 
 
@@ -302,7 +280,7 @@ def _check_same_classes(names: Sequence[str]) -> None:
         if classes != first:
             index = next(i for i, (one, other) in enumerate(zip(first, classes, strict=True)) if one != other)
             raise ValueError(
-                f"The classes of {_source(name)} are not those of {_source(names[0])}: the one at place {index} is "
+                f"The classes of {source_of(name)} are not those of {source_of(names[0])}: the one at place {index} is "
                 f"{classes[index]!r} here and {first[index]!r} there. All datasets of DATASETS.TRAIN and DATASETS.TEST "
                 "must have the same categories, in the same order of ids."
             )

@@ -4,6 +4,10 @@ Detectron2 gathers the predictions, makes metrics of the sums and tabulates; the
 matches, accumulates and summarizes in place of pycocotools' Python one. The twelve figures of the COCO summary, and the
 precision array of shape (IoU thresholds, recall thresholds, classes, area ranges, maximum detections) that the AP of
 each class is read from, are those of pycocotools.
+
+The ground truth is what `karat_det.data.formats.coco` reads, as in training. Both evaluators take ids to be small
+positive integers (id 0 of an annotation is "no match", one above 2^53 is rounded), so the sums are done with numbers of
+their own; the JSON of the results carries the dataset's ids.
 """
 
 import json
@@ -12,9 +16,16 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.data.datasets import convert_to_coco_json
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils.file_io import PathManager
 from faster_coco_eval import COCO, COCOeval_faster, __version__
+from pycocotools.coco import COCO as PlainCOCO
+
+from ..data.coco_datasets import content_of, source_of
+from ..data.formats.coco import CocoContent
 
 logger = logging.getLogger(__name__)
 
@@ -37,50 +48,123 @@ class FasterCOCOEvaluator(COCOEvaluator):
     ):
         """
         Args:
-            dataset_name: a registered dataset with instance annotations.
-            tasks: any of "bbox" and "segm"; None reads them off the predictions, so that a model that has not
+            dataset_name: a registered dataset with instance annotations. If it is in another format than COCO's, it is
+                converted, for which it needs `output_dir`.
+            tasks: "bbox", "segm" or both; None reads them off the predictions, so that a model that has not
                 predicted anything is measured by its boxes alone.
             distributed: gather the predictions of all processes.
             output_dir: folder for `coco_instances_results.json` and `instances_predictions.pth`; None writes neither.
-        """
-        # Asking Detectron2 for its own compiled evaluator would log that it is missing: this class has no use for it.
-        super().__init__(dataset_name, tasks, distributed, output_dir, use_fast_impl=False)
-        self._coco_api = COCO(self._coco_api.dataset)
 
-    def _eval_predictions(self, predictions: list[dict[str, Any]], img_ids: Sequence[int] | None = None) -> None:
+        Raises:
+            ValueError: the dataset's JSON is not in COCO format, or it is in another format and there is no
+                `output_dir`.
+            FileNotFoundError: there is no such JSON.
+        """
+        # Not Detectron2's __init__, which reads the JSON with pycocotools, whatever is in it. These are its attributes.
+        self._logger = logging.getLogger("detectron2.evaluation.coco_evaluation")
+        self._distributed = distributed
+        self._output_dir = output_dir
+        self._tasks = tasks
+        self._cpu_device = torch.device("cpu")
+        self._metadata = MetadataCatalog.get(dataset_name)
+        if not self._metadata.get("json_file"):
+            if output_dir is None:
+                raise ValueError(f"Dataset {dataset_name!r} is not in COCO format. To convert it, name an output_dir.")
+            json_file = os.path.join(output_dir, f"{dataset_name}_coco_format.json")
+            convert_to_coco_json(dataset_name, json_file, allow_cached=False)
+            self._metadata.json_file = json_file
+        self._source = source_of(dataset_name)
+        content = self._content = content_of(dataset_name)
+        self._do_evaluation = content.annotations is not None
+        # Classes are numbered in the order of their ids, unless the dataset was registered with another order.
+        order = self._metadata.get("thing_dataset_id_to_contiguous_id", {})
+        self._class_of = [order.get(id, i) for i, id in enumerate(content.category_ids)]
+        self._category_ids = {number: id for number, id in zip(self._class_of, content.category_ids, strict=True)}
+        self._image_numbers = {image.id: i for i, image in enumerate(content.images)}
+
+    def process(self, inputs: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]) -> None:
+        """Takes the predictions of some images.
+
+        Args:
+            inputs: records with "image_id", the dataset's own id.
+            outputs: for each image "instances" or "proposals".
+
+        Raises:
+            ValueError: a prediction is of an image or a class that the dataset does not have.
+        """
+        for record, output in zip(inputs, outputs, strict=True):
+            if record["image_id"] not in self._image_numbers:
+                raise ValueError(
+                    f"A prediction is of image {record['image_id']!r}, which {self._source} does not have."
+                )
+            if "instances" not in output or not len(output["instances"]):
+                continue
+            found = output["instances"].pred_classes
+            unknown = sorted(set(found.tolist()) - set(self._class_of))
+            if unknown:
+                raise ValueError(
+                    f"A prediction of image {record['image_id']!r} is of class {unknown[0]}, but {self._source} has "
+                    f"{len(self._class_of)} classes, from 0 to {len(self._class_of) - 1}. Give the model as many "
+                    "classes (MODEL.ROI_HEADS.NUM_CLASSES or what its architecture has instead), or evaluate it on "
+                    "its own dataset."
+                )
+        super().process(inputs, outputs)
+
+    def _eval_predictions(self, predictions: list[dict[str, Any]], img_ids: Sequence[Any] | None = None) -> None:
         """Takes the place of Detectron2's method, which can use no evaluators but its own two.
 
         Args:
             predictions: for each image "image_id" and "instances", a list of COCO results with class numbers.
-            img_ids: the images to evaluate; None for all.
+            img_ids: the images to evaluate, by the dataset's ids; None for all.
         """
-        id_of_class = {i: id for id, i in self._metadata.get("thing_dataset_id_to_contiguous_id", {}).items()}
-        results = [
-            {**result, "category_id": id_of_class.get(result["category_id"], result["category_id"])}
-            for prediction in predictions
-            for result in prediction["instances"]
-        ]
+        results = [result for prediction in predictions for result in prediction["instances"]]
         if self._output_dir:
             path = os.path.join(self._output_dir, "coco_instances_results.json")
             logger.info("Saving %d predictions to %s", len(results), path)
+            own = [{**result, "category_id": self._category_ids[result["category_id"]]} for result in results]
             with PathManager.open(path, "w") as file:
-                file.write(json.dumps(results))
+                file.write(json.dumps(own))
         if not self._do_evaluation:
             logger.info("The dataset has no annotations: nothing is measured.")
             return
         logger.info("Evaluating with faster-coco-eval %s", __version__)
-        for task in self._tasks or self._tasks_from_predictions(results):
-            sums = self._sums(results, task, img_ids) if results else None
+        tasks = self._tasks or self._tasks_from_predictions(results)
+        # A mask takes tens of times the memory of a box.
+        truth = COCO(ground_truth(self._content, self._class_of, masks="segm" in tasks)) if results else None
+        numbers = None if img_ids is None else [self._image_numbers[id] for id in img_ids]
+        for task in tasks:
+            sums = self._sums(truth, results, task, numbers) if results else None
             self._results[task] = self._derive_coco_results(sums, task, self._metadata.get("thing_classes"))
 
-    def _sums(self, results: list[dict[str, Any]], task: str, img_ids: Sequence[int] | None) -> COCOeval_faster:
+    def _eval_box_proposals(self, predictions: list[dict[str, Any]]) -> None:
+        # Detectron2 measures these with pycocotools, by the ids of its predictions.
+        truth = ground_truth(self._content, self._class_of, masks=False)
+        ids = [image.id for image in self._content.images]
+        self._coco_api = _ByOwnIds()
+        self._coco_api.dataset = {
+            **truth,
+            "images": [{**image, "id": ids[image["id"]]} for image in truth["images"]],
+            "annotations": [{**each, "image_id": ids[each["image_id"]]} for each in truth["annotations"]],
+        }
+        self._coco_api.createIndex()
+        super()._eval_box_proposals(predictions)
+
+    def _sums(
+        self, truth: COCO, results: list[dict[str, Any]], task: str, img_ids: Sequence[int] | None
+    ) -> COCOeval_faster:
         """Matches, accumulates and summarizes; the summary is one entry of the log."""
         # Beside a box, a mask would count as small or large by the box's area. Loading writes to what it is given, so
         # it gets copies for either task.
         unused = "bbox" if task == "segm" else ""
-        loaded = self._coco_api.loadRes([{k: v for k, v in result.items() if k != unused} for result in results])
+        numbered = [
+            {
+                **{key: value for key, value in result.items() if key != unused},
+                "image_id": self._image_numbers[result["image_id"]],
+            }
+            for result in results
+        ]
         lines: list[str] = []
-        sums = COCOeval_faster(self._coco_api, loaded, task, print_function=lines.append)
+        sums = COCOeval_faster(truth, truth.loadRes(numbered), task, print_function=lines.append)
         if img_ids is not None:
             sums.params.imgIds = img_ids
         sums.evaluate()
@@ -89,3 +173,45 @@ class FasterCOCOEvaluator(COCOEvaluator):
         sums.summarize()
         logger.info("COCO summary for %s, from 0 to 1 (-1: no such object):\n%s", task, "\n".join(lines))
         return sums
+
+
+class _ByOwnIds(PlainCOCO):
+    """pycocotools' COCO whose images go by ids that may be text, which it would take for a list of letters."""
+
+    def getAnnIds(self, imgIds: Any) -> list[int]:
+        return super().getAnnIds([imgIds])
+
+
+def ground_truth(content: CocoContent, class_of: Sequence[int], masks: bool) -> dict[str, Any]:
+    """A dataset in COCO format whose ids are numbers: images and classes from 0, annotations from 1.
+
+    Args:
+        content: what was read.
+        class_of: for each category of `content` the number of its class.
+        masks: with masks, and without the objects whose mask is empty, as in training with masks.
+
+    Returns:
+        A new dict; boxes and masks are shared with `content`.
+
+    Raises:
+        ValueError: an object has no mask.
+    """
+    keys = ("bbox", "area", "iscrowd", "segmentation") if masks else ("bbox", "area", "iscrowd")
+    annotations: list[dict[str, Any]] = []
+    for number, of_image in enumerate(content.annotations or ()):
+        for each in of_image:
+            if masks and each.get("empty_mask"):
+                continue
+            if masks and "segmentation" not in each:
+                raise ValueError(
+                    f"The annotation with id {each['id']!r} of image {content.images[number].id!r} has no mask, so "
+                    "masks cannot be evaluated. Add the masks, or evaluate boxes only (MODEL.MASK_ON False)."
+                )
+            # Matches are marked by ids, 0 for none.
+            ids = {"id": len(annotations) + 1, "image_id": number, "category_id": class_of[each["category_id"]]}
+            annotations.append({**ids, **{key: each[key] for key in keys}})
+    return {
+        "images": [{"id": i, "width": image.width, "height": image.height} for i, image in enumerate(content.images)],
+        "categories": [{"id": number, "name": str(number)} for number in sorted(class_of)],
+        "annotations": annotations,
+    }

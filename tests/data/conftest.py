@@ -10,7 +10,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from karat_det import add_karat_config
-from karat_det.data import registration
+from karat_det.data import coco_datasets, registration
 from karat_det.data.digits import generate_digits
 
 NUM_SCENES = {"train": 24, "val": 12}
@@ -28,6 +28,7 @@ def catalogs(monkeypatch):
     monkeypatch.setattr(DatasetCatalog, "data", dict(DatasetCatalog.data))
     monkeypatch.setattr(MetadataCatalog, "data", dict(MetadataCatalog.data))
     monkeypatch.setattr(registration, "_registered", {})
+    monkeypatch.setattr(coco_datasets, "_loaded", {})
 
 
 @pytest.fixture

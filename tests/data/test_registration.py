@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pycocotools.mask as mask_util
 import pytest
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from PIL import ExifTags, Image
 
+from karat_det.data import coco_datasets
 from karat_det.data.registration import load_checked_dicts, load_checked_test_dicts, register_from_config
 
 pytestmark = pytest.mark.usefixtures("catalogs")
@@ -229,8 +231,8 @@ def test_missing_subfolder_of_images_is_named(own_cfg, own):
         (lambda content: content["images"][0].pop("height"), "not in COCO format.*height"),
         (lambda content: content["annotations"][0].update(category_id=99), "not in COCO format.*99"),
         (lambda content: content["annotations"][0].update(bbox=[]), "not in COCO format.*bbox"),
-        (lambda content: content["annotations"][0].pop("bbox"), "not in COCO format.*'bbox'.*1.png"),
-        (lambda content: content["annotations"][1].update(id=1), "not in COCO format.*not unique"),
+        (lambda content: content["annotations"][0].pop("bbox"), r"annotations\[0\] \(id 1.*bbox is missing"),
+        (lambda content: content["annotations"][1].update(id=1), r"annotations\[1\] \(id 1.*that of annotations\[0\]"),
         (lambda content: content.update(annotations=[3]), "not in COCO format"),
         (lambda content: content.update(images=3), "not in COCO format"),
     ],
@@ -298,11 +300,14 @@ def test_each_training_json_is_loaded_once(own_cfg, make_own, name_data, own, mo
     own_cfg.DATASETS.TEST = ("my_val",)
     register_from_config(own_cfg)
     loads = []
-    for name in ("my_train", "my_val"):
-        loader = DatasetCatalog[name]
-        DatasetCatalog[name] = lambda name=name, loader=loader: loads.append(name) or loader()
+    read = coco_datasets.read_coco
+    monkeypatch.setattr(coco_datasets, "read_coco", lambda *arguments: loads.append(arguments[0]) or read(*arguments))
     load_checked_dicts(own_cfg)
-    assert loads == ["my_train", "my_val"]
+    # What is evaluated is what was checked, though the file is gone.
+    Path(own_cfg.KARAT_DATA.JSONS[1]).unlink()
+    assert len(DatasetCatalog.get("my_val")) == 3
+    assert len(coco_datasets.content_of("my_val").annotations[0]) == 1
+    assert loads == own_cfg.KARAT_DATA.JSONS
 
 
 def test_coco_tiny_loads_by_coco_names_where_it_is_given():
@@ -328,3 +333,54 @@ def test_coco_tiny_loads_by_coco_names_where_it_is_given():
         check=True,
     )
     assert json.loads(result.stdout.splitlines()[-1]) == [80, 705]
+
+
+def test_masks_without_a_pixel_are_left_out_where_masks_are_used(own_cfg, own):
+    own.content["annotations"][0]["segmentation"] = [[5, 6, 5, 6, 5, 6]]
+    own.write()
+    assert [record["image_id"] for record in load(own_cfg)] == [2]
+    own_cfg.MODEL.MASK_ON = False
+    assert [record["image_id"] for record in load_checked_dicts(own_cfg)] == [1, 2]
+
+
+@pytest.mark.parametrize("segmentation", [None, [], [[]]])
+def test_boxes_without_masks_are_trained_on_where_masks_are_off(own_cfg, own, segmentation):
+    for annotation in own.content["annotations"]:
+        annotation["segmentation"] = segmentation
+    own.write()
+    own_cfg.MODEL.MASK_ON = False
+    assert [record["image_id"] for record in load(own_cfg)] == [1, 2]
+    own_cfg.MODEL.MASK_ON = True
+    with pytest.raises(ValueError, match=r"2 annotations have no 'segmentation', the first of them, id 1, in image"):
+        load_checked_test_dicts(own_cfg)
+
+
+def test_errors_of_a_test_set_stop_the_run_too(own_cfg, own, make_own, name_data):
+    broken = make_own("broken", ["cat", "dog"])
+    broken.content["annotations"][1]["bbox"] = [1, 2, float("nan"), 4]
+    broken.write()
+    name_data(own_cfg, my_train=own, my_val=broken)
+    own_cfg.DATASETS.TEST = ("my_val",)
+    with pytest.raises(ValueError, match=r"broken/annotations\.json \(dataset 'my_val'\).*annotations\[1\] \(id 2"):
+        load(own_cfg)
+
+
+def test_built_in_names_are_read_by_the_same_reader(cfg, own):
+    own.content["annotations"][0]["iscrowd"] = None
+    own.write()
+    register_coco_instances("built_in", {}, str(own.json_file), str(own.image_dir))
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("built_in",)
+    assert [record["image_id"] for record in load(cfg)] == [1, 2]
+    assert DatasetCatalog.get("built_in")[0]["annotations"][0]["iscrowd"] == 0
+    assert MetadataCatalog.get("built_in").thing_dataset_id_to_contiguous_id == {7: 0, 14: 1}
+
+
+@pytest.mark.parametrize("architecture, section", [("RetinaNet", "RETINANET"), ("MyDetector", "MYDETECTOR")])
+def test_the_number_of_classes_is_that_of_the_architecture(own_cfg, architecture, section):
+    own_cfg.MODEL.META_ARCHITECTURE = architecture
+    own_cfg.MODEL.ROI_HEADS.NUM_CLASSES = 80
+    own_cfg.MODEL.setdefault(section, CfgNode({"NUM_CLASSES": 0})).NUM_CLASSES = 3
+    with pytest.raises(ValueError, match=rf"2 categories.*MODEL\.{section}\.NUM_CLASSES is 3\. Set .* to 2"):
+        load(own_cfg)
+    own_cfg.MODEL[section].NUM_CLASSES = 2
+    assert len(load_checked_dicts(own_cfg)) == 2

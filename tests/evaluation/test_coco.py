@@ -5,6 +5,7 @@ import copy
 import io
 import json
 import logging
+import math
 import os
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator, coco_evaluation
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
+from detectron2.utils.visualizer import GenericMask
 from faster_coco_eval import COCO as FasterCOCO
 from faster_coco_eval import COCOeval_faster
 from hypothesis import HealthCheck, given, settings
@@ -25,6 +27,7 @@ from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from karat_det.data.coco_datasets import load_coco
 from karat_det.evaluation.coco import FasterCOCOEvaluator
 
 TASKS = ("bbox", "segm")
@@ -138,12 +141,13 @@ def assert_same_figures(dataset: dict, results: list[dict], task: str) -> np.nda
     return plain.stats
 
 
-def register(name: str, dataset: dict, folder: Path) -> None:
-    """Registers a COCO dataset and loads it once, so that its metadata has class names and category ids."""
+def register(name: str, dataset: dict, folder: Path, detectron2: bool = False) -> None:
+    """Registers a COCO dataset; loaded by Detectron2 its metadata has what Detectron2's own evaluator needs."""
     json_file = folder / f"{name}.json"
     json_file.write_text(json.dumps(dataset))
     register_coco_instances(name, {}, str(json_file), str(folder))
-    DatasetCatalog.get(name)
+    if detectron2:
+        DatasetCatalog.get(name)
 
 
 @pytest.fixture
@@ -151,9 +155,9 @@ def named_dataset(tmp_path):
     """A function that registers a dataset under a name of its own, for one test."""
     names = []
 
-    def add(dataset: dict) -> str:
+    def add(dataset: dict, detectron2: bool = False) -> str:
         name = f"{tmp_path.name}_{len(names)}"
-        register(name, dataset, tmp_path)
+        register(name, dataset, tmp_path, detectron2)
         names.append(name)
         return name
 
@@ -238,7 +242,7 @@ def test_results_and_files_equal_detectron2s(named_dataset, tmp_path):
     rng = np.random.default_rng(2)
     dataset = random_dataset(rng, num_images=4, num_classes=3, crowds=True)
     pairs = as_outputs(dataset, perturbed(dataset, rng, score_levels=5, copies=3))
-    name = named_dataset(dataset)
+    name = named_dataset(dataset, detectron2=True)
     plain = COCOEvaluator(name, TASKS, distributed=False, output_dir=str(tmp_path / "plain"), use_fast_impl=False)
     fast = FasterCOCOEvaluator(name, TASKS, distributed=False, output_dir=str(tmp_path / "fast"))
     expected, found = evaluate(plain, pairs), evaluate(fast, pairs)
@@ -280,7 +284,8 @@ def test_neither_of_detectron2s_own_evaluators_is_used(named_dataset, monkeypatc
 def test_some_of_the_images_and_tasks_read_off_the_predictions_equal_detectron2s(named_dataset):
     rng = np.random.default_rng(9)
     dataset = random_dataset(rng, num_images=4, num_classes=2, crowds=True)
-    pairs, name = as_outputs(dataset, perturbed(dataset, rng, score_levels=5, copies=3)), named_dataset(dataset)
+    pairs = as_outputs(dataset, perturbed(dataset, rng, score_levels=5, copies=3))
+    name = named_dataset(dataset, detectron2=True)
     some = [image["id"] for image in dataset["images"][1:3]]
     plain = evaluate(COCOEvaluator(name, distributed=False, use_fast_impl=False), pairs, some)
     assert evaluate(FasterCOCOEvaluator(name, distributed=False), pairs, some) == approximately(plain)
@@ -324,6 +329,193 @@ def test_json_without_info_and_licenses(named_dataset, header):
     dataset = {**header, **random_dataset(rng, num_images=2, num_classes=1, crowds=False)}
     evaluator = FasterCOCOEvaluator(named_dataset(dataset), TASKS, distributed=False)
     assert evaluate(evaluator, as_outputs(dataset, perturbed(dataset, rng, 10, 2)))["segm"]["AP"] >= 0
+
+
+def renamed(dataset: dict, image_ids, annotation_ids, category_ids, names=str) -> dict:
+    """The dataset with other ids in the same order: functions of the place of an image, an annotation, a category."""
+    dataset = copy.deepcopy(dataset)
+    images = {image["id"]: image_ids(i) for i, image in enumerate(dataset["images"])}
+    categories = {category["id"]: category_ids(i) for i, category in enumerate(dataset["categories"])}
+    for image in dataset["images"]:
+        image["id"] = images[image["id"]]
+    for i, category in enumerate(dataset["categories"]):
+        category.update(id=categories[category["id"]], name=names(i))
+    for i, annotation in enumerate(dataset["annotations"]):
+        annotation["id"] = annotation_ids(i)
+        annotation["image_id"] = images[annotation["image_id"]]
+        annotation["category_id"] = categories[annotation["category_id"]]
+    return dataset
+
+
+def as_they_are(i):
+    return i
+
+
+IDS = {
+    "from 0": (as_they_are, as_they_are, as_they_are),
+    "above 2^53": (lambda i: 2**62 + i, lambda i: 2**70 + i, lambda i: 2**53 + i),
+    "digits": (lambda i: f"{i:04}", lambda i: f"{i}", lambda i: f"{i}"),
+    "words": (lambda i: f"frame_{i:03}_cam", lambda i: f"object {chr(97 + i % 26)}{i}", lambda i: f"class {i}"),
+    "mixed": (lambda i: i or "0", lambda i: None, lambda i: float(i)),
+}
+
+
+@pytest.mark.parametrize("kind", IDS)
+@settings(max_examples=3, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck])
+@given(seed=st.integers(0, 2**32 - 1), crowds=st.booleans())
+def test_any_ids_give_pycocotools_figures_of_the_renumbered_data(named_dataset, tmp_path, kind, seed, crowds):
+    rng = np.random.default_rng(seed)
+    dataset = random_dataset(rng, num_images=3, num_classes=2, crowds=crowds)
+    own = renamed(dataset, *IDS[kind], names=lambda i: "weed")
+    results = perturbed(dataset, rng, score_levels=3, copies=2)
+    own_ids = {image["id"]: other["id"] for image, other in zip(dataset["images"], own["images"], strict=True)}
+    inputs = [({"image_id": own_ids[each["image_id"]]}, outputs) for each, outputs in as_outputs(dataset, results)]
+    evaluator = FasterCOCOEvaluator(named_dataset(own), TASKS, distributed=False, output_dir=str(tmp_path))
+    found = evaluate(evaluator, inputs)
+    written = json.loads((tmp_path / "coco_instances_results.json").read_text())
+    class_ids = {one["id"]: other["id"] for one, other in zip(dataset["categories"], own["categories"], strict=True)}
+    # The dataset's own ids, in the order of the images.
+    assert [(each["image_id"], each["category_id"]) for each in written] == [
+        (own_ids[each["image_id"]], class_ids[each["category_id"]])
+        for image in dataset["images"]
+        for each in results
+        if each["image_id"] == image["id"]
+    ]
+    for task in TASKS if results else ():
+        plain = sums(COCO, COCOeval, dataset, results, task)
+        stats = [100 * stat if stat >= 0 else math.nan for stat in plain.stats[:6]]
+        assert list(found[task].values())[:6] == pytest.approx(stats, rel=0, abs=1e-9, nan_ok=True)
+        names = {id: int(own) if type(own) is float else own for id, own in class_ids.items()}
+        of_class = [figures[figures > -1] for figures in np.moveaxis(plain.eval["precision"][:, :, :, 0, -1], 2, 0)]
+        expected = {
+            f"AP-weed (id {names[category['id']]})": 100 * figures.mean() if figures.size else math.nan
+            for category, figures in zip(dataset["categories"], of_class, strict=True)
+        }
+        assert dict(list(found[task].items())[6:]) == pytest.approx(expected, rel=0, abs=1e-9, nan_ok=True)
+
+
+def spoiled(dataset: dict, rng: np.random.Generator) -> dict:
+    """The dataset with what the reader puts right or leaves out."""
+    dataset = copy.deepcopy(dataset)
+    for i, annotation in enumerate(dataset["annotations"]):
+        x, y, w, h = annotation["bbox"]
+        kind = rng.integers(8)
+        if kind == 0:
+            annotation["bbox"] = [x + w, y + h, -w, -h]
+        elif kind == 1:
+            annotation["bbox"] = [200, 10, 5, 5]
+        elif kind == 2:
+            annotation["area"] = None
+        elif kind == 3:
+            annotation["iscrowd"] = None
+        elif kind == 4:
+            polygon = [[x, y], [x + w, y], [x + w, y + h], [x, y + h]]
+            annotation["segmentation"] = [polygon]
+        elif kind == 5:
+            polygon = [x, y, x + w, y, x + w, y + h, x, y + h]
+            annotation["segmentation"] = [polygon, [x, y]]
+        elif kind == 6:
+            annotation["segmentation"] = {"size": [150, 180], "counts": [150 * 180]}
+        annotation["id"] = i
+    return dataset
+
+
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck])
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    kind=st.sampled_from(sorted(IDS)),
+    crowds=st.booleans(),
+    num_classes=st.integers(1, 3),
+    masks=st.booleans(),
+)
+def test_perfect_predictions_are_100_whatever_the_reader_puts_right(
+    named_dataset, seed, kind, crowds, num_classes, masks
+):
+    rng = np.random.default_rng(seed)
+    dataset = renamed(random_dataset(rng, num_images=3, num_classes=num_classes, crowds=crowds), *IDS[kind])
+    name = named_dataset(spoiled(dataset, rng))
+    # What is trained on is what is predicted.
+    records = load_coco(name, masks=masks, keep=True)
+    pairs = []
+    for record in records:
+        annotations = record["annotations"]
+        instances = Instances((record["height"], record["width"]))
+        boxes = torch.tensor([each["bbox"] for each in annotations], dtype=torch.float64).reshape(-1, 4)
+        instances.pred_boxes = Boxes(torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1).double())
+        instances.scores = torch.ones(len(annotations))
+        instances.pred_classes = torch.tensor([each["category_id"] for each in annotations], dtype=torch.long)
+        if masks:
+            decoded = [GenericMask(each["segmentation"], *instances.image_size).mask for each in annotations]
+            instances.pred_masks = torch.tensor(np.array(decoded), dtype=torch.bool).reshape(-1, *instances.image_size)
+        pairs.append(({"image_id": record["image_id"]}, {"instances": instances}))
+    found = evaluate(FasterCOCOEvaluator(name, TASKS if masks else ("bbox",), distributed=False), pairs)
+    objects = [each for record in records for each in record["annotations"] if not each["iscrowd"]]
+    for task in found:
+        assert {value for value in found[task].values() if not np.isnan(value)} == ({100.0} if objects else set())
+
+
+def test_a_prediction_of_a_class_or_an_image_that_the_dataset_lacks_is_an_error(named_dataset):
+    dataset = random_dataset(np.random.default_rng(11), num_images=2, num_classes=1, crowds=False)
+    evaluator = FasterCOCOEvaluator(named_dataset(dataset), TASKS, distributed=False)
+    pairs = as_outputs(dataset, perturbed(dataset, np.random.default_rng(0), 5, 2))
+    evaluator.reset()
+    for wrong in (2, 80, -1):
+        outputs = copy.deepcopy(pairs[0][1])
+        outputs["instances"].pred_classes[-1] = wrong
+        with pytest.raises(ValueError, match=rf"image 3 is of class {wrong}, but .*\.json .* has 2 classes"):
+            evaluator.process([pairs[0][0]], [outputs])
+    with pytest.raises(ValueError, match=r"of image 5, which .*\.json .* does not have"):
+        evaluator.process([{"image_id": 5}], [pairs[0][1]])
+
+
+def test_masks_of_objects_without_masks_are_not_measured(named_dataset):
+    dataset = random_dataset(np.random.default_rng(12), num_images=2, num_classes=1, crowds=False)
+    pairs = as_outputs(dataset, perturbed(dataset, np.random.default_rng(0), 5, 2))
+    dataset["annotations"][1]["segmentation"] = []
+    name = named_dataset(dataset)
+    with pytest.raises(ValueError, match=r"annotation with id 2 of image 3 has no mask.*MODEL\.MASK_ON False"):
+        evaluate(FasterCOCOEvaluator(name, TASKS, distributed=False), pairs)
+    assert evaluate(FasterCOCOEvaluator(name, ("bbox",), distributed=False), pairs)["bbox"]["AP"] > 0
+
+
+def test_proposals_are_measured_by_the_datasets_own_ids(named_dataset, tmp_path):
+    dataset = random_dataset(np.random.default_rng(13), num_images=2, num_classes=1, crowds=False)
+    dataset = renamed(dataset, *IDS["words"])
+    evaluator = FasterCOCOEvaluator(named_dataset(dataset), distributed=False, output_dir=str(tmp_path))
+    pairs = []
+    for image in dataset["images"]:
+        boxes = [each["bbox"] for each in dataset["annotations"] if each["image_id"] == image["id"]]
+        proposals = Instances((image["height"], image["width"]))
+        boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+        proposals.proposal_boxes = Boxes(torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1))
+        proposals.objectness_logits = torch.ones(len(boxes))
+        pairs.append(({"image_id": image["id"]}, {"proposals": proposals}))
+    assert evaluate(evaluator, pairs)["box_proposals"]["AR@100"] == pytest.approx(100)
+
+
+def test_datasets_of_other_formats_are_converted(named_dataset, tmp_path):
+    rng = np.random.default_rng(14)
+    dataset = random_dataset(rng, num_images=2, num_classes=2, crowds=True)
+    name = named_dataset(dataset)
+    records = load_coco(name, masks=True, keep=False)
+    for record in records:
+        for annotation in record["annotations"]:
+            annotation["segmentation"]["counts"] = annotation["segmentation"]["counts"].encode()
+    other = f"{name}_records"
+    DatasetCatalog.register(other, lambda: records)
+    MetadataCatalog.get(other).set(thing_classes=MetadataCatalog.get(name).thing_classes)
+    pairs = as_outputs(dataset, perturbed(dataset, rng, score_levels=5, copies=3))
+    try:
+        with pytest.raises(ValueError, match=r"not in COCO format.*output_dir"):
+            FasterCOCOEvaluator(other, TASKS, distributed=False)
+        found = evaluate(FasterCOCOEvaluator(other, TASKS, distributed=False, output_dir=str(tmp_path)), pairs)
+    finally:
+        DatasetCatalog.remove(other)
+        MetadataCatalog.remove(other)
+    expected = evaluate(FasterCOCOEvaluator(name, TASKS, distributed=False), pairs)
+    # The conversion rounds boxes to a thousandth of a pixel.
+    assert found["segm"] == pytest.approx(expected["segm"], nan_ok=True)
+    assert found["bbox"] == pytest.approx(expected["bbox"], abs=0.1, nan_ok=True)
 
 
 def _evaluate_a_half(rank: int, folder: str, rendezvous: str) -> None:

@@ -1,0 +1,122 @@
+"""COCO datasets by name: one reading of a JSON gives the records of a loader and the ground truth of an evaluator.
+
+It takes the place of Detectron2's loader of COCO's JSON, for datasets of one's own and for Detectron2's names.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.file_io import PathManager
+
+from .formats.coco import CocoContent, Id, read_coco
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    content: CocoContent
+    masks: bool
+
+
+# What a run has checked and will ask for again. So a file that changes in the meantime changes no figure.
+_loaded: dict[str, _Loaded] = {}
+
+
+def is_coco(name: str) -> bool:
+    """Whether a registered dataset is a JSON in COCO format and a folder of images."""
+    metadata = MetadataCatalog.get(name)
+    return metadata.get("evaluator_type") == "coco" and bool(metadata.get("json_file") and metadata.get("image_root"))
+
+
+def source_of(name: str) -> str:
+    """What a user calls the dataset: its JSON, if it has one, and its name."""
+    json_file = MetadataCatalog.get(name).get("json_file")
+    return f"{json_file} (dataset {name!r})" if json_file else f"Dataset {name!r}"
+
+
+def register_coco(name: str, json_file: str, image_root: str, classes: tuple[list[Id], list[str]]) -> None:
+    """Registers a JSON and a folder of images under a name; what was known under that name is forgotten.
+
+    Args:
+        name: the dataset's name.
+        json_file, image_root: its paths.
+        classes: ids and names, as of `read_categories`.
+    """
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        if name in catalog:
+            catalog.remove(name)
+    _loaded.pop(name, None)
+    DatasetCatalog.register(name, lambda: records_of(name))
+    MetadataCatalog.get(name).set(json_file=json_file, image_root=image_root, evaluator_type="coco")
+    _set_classes(name, *classes)
+
+
+def load_coco(name: str, masks: bool, keep: bool) -> list[Record]:
+    """Reads a dataset anew and checks it. From now on its name gives the same records, whoever registered it.
+
+    Args:
+        name: a dataset of which `is_coco` is True.
+        masks: whether objects are known by their masks; then those whose mask is empty are left out.
+        keep: whether the content is kept for evaluation.
+
+    Returns:
+        A record for each image, in the order of their ids.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_coco`; or the categories are not those that belong to the name.
+    """
+    loaded = _Loaded(_read(name), masks)
+    _loaded.pop(name, None)
+    if keep:
+        _loaded[name] = loaded
+    DatasetCatalog.remove(name)
+    DatasetCatalog.register(name, lambda: records_of(name))
+    return _records(loaded, MetadataCatalog.get(name).image_root)
+
+
+def records_of(name: str) -> list[Record]:
+    """The records of a dataset, as it was loaded, else read now."""
+    return _records(_loaded.get(name) or _Loaded(_read(name), masks=True), MetadataCatalog.get(name).image_root)
+
+
+def content_of(name: str) -> CocoContent:
+    """What a dataset's JSON holds, as it was loaded, else read now."""
+    return _loaded[name].content if name in _loaded else _read(name)
+
+
+def _read(name: str) -> CocoContent:
+    content = read_coco(PathManager.get_local_path(MetadataCatalog.get(name).json_file), source_of(name))
+    _set_classes(name, content.category_ids, content.class_names)
+    return content
+
+
+def _set_classes(name: str, ids: Sequence[Id], names: list[str]) -> None:
+    metadata = MetadataCatalog.get(name)
+    numbers = {id: number for number, id in enumerate(ids)}
+    known = metadata.get("thing_classes", names), metadata.get("thing_dataset_id_to_contiguous_id", numbers)
+    if (list(known[0]), known[1]) != (names, numbers):
+        raise ValueError(
+            f"{source_of(name)} does not have the categories that belong to this name, which are "
+            f"{', '.join(known[0][:5])}{', …' if len(known[0]) > 5 else ''}. For other categories, name the data by "
+            "the KARAT_DATA keys."
+        )
+    metadata.set(thing_classes=list(known[0]), thing_dataset_id_to_contiguous_id=numbers)
+
+
+def _records(loaded: _Loaded, image_root: str) -> list[Record]:
+    content = loaded.content
+    annotations = content.annotations or [[] for _ in content.images]
+    return [
+        {
+            "file_name": os.path.join(image_root, image.file_name),
+            "height": image.height,
+            "width": image.width,
+            "image_id": image.id,
+            "annotations": [each for each in of_image if not (loaded.masks and each.get("empty_mask"))],
+        }
+        for image, of_image in zip(content.images, annotations, strict=True)
+    ]

@@ -1,0 +1,437 @@
+"""Reads COCO's JSON, checks it by the rules of `coco_schema`, and brings it into one form with numbers of its own.
+
+Everything that uses a COCO dataset, in training and in evaluation, gets it from here. Images and classes go by their
+places in the order of their ids; the ids themselves, numbers or text, are kept for results alone.
+"""
+
+import gc
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from detectron2.structures import BoxMode
+
+from .coco_boxes import BoxHabits
+from .coco_masks import NUMBERS, area_of, read_mask
+from .coco_schema import DOCUMENTATION, FAR, LEAST_SIDE, MAX_PIXELS, MAX_SIDE, RULES
+from .report import Report, short
+
+logger = logging.getLogger(__name__)
+
+Id = int | str
+_MAX_EXACT = 2**53
+
+
+@dataclass(frozen=True)
+class Image:
+    """One image: its own id, its file below the image folder, and its size in pixels."""
+
+    id: Id
+    file_name: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class CocoContent:
+    """What a JSON holds.
+
+    Attributes:
+        images: in the order of their ids.
+        category_ids: the id of each class, in the order of the ids.
+        class_names: the name of each class, no two alike.
+        annotations: for each image its annotations, in the order of the file; None where the JSON has none, as a test
+            set. Each is a dict of Detectron2's dataset format: "bbox" as four floats, "bbox_mode" XYWH_ABS,
+            "category_id" the number of its class, "iscrowd" 0 or 1, and "segmentation", polygons or compressed
+            run-length encoding, where it has a mask; with "id", its own or None, and "area" in pixels. Where it has a
+            mask without a pixel, "empty_mask" is True and there is no "segmentation".
+    """
+
+    images: list[Image]
+    category_ids: list[Id]
+    class_names: list[str]
+    annotations: list[list[dict[str, Any]]] | None
+
+
+def read_coco(json_file: str, source: str | None = None) -> CocoContent:
+    """Reads and checks a file.
+
+    What is put right or left out is logged, a line for each rule with its count.
+
+    Args:
+        json_file: its path.
+        source: what errors call it; its path by default.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no JSON, or breaks a rule of `coco_schema.RULES` that refuses; all errors in one report.
+    """
+    with _without_collector():
+        return _read(json_file, Report(source or json_file, RULES, DOCUMENTATION))
+
+
+def read_categories(json_file: str, source: str | None = None) -> tuple[list[Id], list[str]]:
+    """Reads only the ids and names of a file's classes, in the order of the ids. Arguments and errors: `read_coco`."""
+    report = Report(source or json_file, RULES, DOCUMENTATION)
+    with _without_collector():
+        categories = _read_categories(_parse(json_file, report, only="categories"), report)
+    report.finish()
+    return categories
+
+
+def _read(json_file: str, report: Report) -> CocoContent:
+    content = _parse(json_file, report)
+    category_ids, class_names = _read_categories(content, report)
+    images, numbers = _read_images(content, report)
+    # Taken out of the content, entry by entry: what is read must not be held twice.
+    raw = content.pop("annotations", None)
+    annotations = None
+    if isinstance(raw, list):
+        annotations = _read_annotations(raw, images, numbers, {_key(each): each for each in category_ids}, report)
+    report.finish()
+    order = sorted(range(len(images)), key=lambda i: _place(images[i].id))
+    return CocoContent(
+        [images[i] for i in order],
+        category_ids,
+        class_names,
+        None if annotations is None else [annotations[i] for i in order],
+    )
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Python's garbage collector would look through all of millions of new objects, again and again."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _parse(json_file: str, report: Report, only: str | None = None) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        entry = dict(pairs)
+        if len(entry) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            report.add("key-twice", detail=f"the object with {short(entry)} holds the key {twice!r} twice.")
+        return entry
+
+    try:
+        with open(json_file, "rb") as file:
+            encoding = json.detect_encoding(file.read(4))
+        with open(json_file, encoding=encoding) as file:
+            content = json.load(file, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{report.source} is not a JSON file: {error}. Write or download it anew.") from error
+    if not isinstance(content, dict):
+        report.add("structure", detail=f"the file holds {short(content)}; it must be an object.")
+        report.finish()
+    lists = ("images", "categories") if only is None else (only,)
+    for name in (*lists, "annotations") if "annotations" in content and only is None else lists:
+        if not isinstance(content.get(name), list):
+            found = f"is {short(content[name])}" if name in content else "is missing"
+            report.add("structure", detail=f"{name!r} {found}; it must be a list of objects.")
+    if content.get("categories") == []:
+        report.add("no-categories", detail="it has no categories; list the classes under 'categories'.")
+    return content
+
+
+def _read_categories(content: dict[str, Any], report: Report) -> tuple[list[Id], list[str]]:
+    names: dict[Id, str] = {}
+    ids: dict[Id, Id] = {}
+    first: dict[Id, int] = {}
+    for index, category in _objects(content, "categories", report):
+        name = category.get("name")
+        if type(name) in NUMBERS:
+            report.add("name-number", "categories", index, category)
+            name = str(name)
+        elif type(name) is not str or not name:
+            report.add("name", "categories", index, category, f"name is {_found(category, 'name')}; it must be text.")
+            name = "?"
+        id = _read_id(category, "id", "categories", index, category, report)
+        if id is None:
+            continue
+        key = _key(id)
+        if key in first:
+            other = first[key]
+            report.add(
+                "id-twice",
+                "categories",
+                index,
+                category,
+                f"the id is that of categories[{other}] ({short(names[key])}), too.",
+            )
+            continue
+        first[key], names[key], ids[key] = index, name, id
+    order = sorted(ids, key=_place)
+    class_names = [names[key] for key in order]
+    while len(set(class_names)) < len(class_names):
+        twice = {name for name in class_names if class_names.count(name) > 1}
+        for i, name in enumerate(class_names):
+            if name in twice:
+                report.add("name-twice", detail=f"{name!r} of the category with id {short(ids[order[i]])}")
+                class_names[i] = f"{name} (id {ids[order[i]]})"
+    return [ids[key] for key in order], class_names
+
+
+def _read_images(content: dict[str, Any], report: Report) -> tuple[list[Image], dict[Id, int]]:
+    """The images in the order of the file, and the place of each id; images of a wrong size have size 0."""
+    images: list[Image] = []
+    places: dict[Id, int] = {}
+    first: dict[Id, int] = {}
+    for index, image in _objects(content, "images", report):
+        file_name = image.get("file_name")
+        if type(file_name) is not str or not file_name:
+            report.add(
+                "file-name",
+                "images",
+                index,
+                image,
+                f"file_name is {_found(image, 'file_name')}; it must be the path of a file.",
+            )
+        elif "://" in file_name:
+            report.add(
+                "file-name", "images", index, image, "file_name is a URL. Download the images, and name their files."
+            )
+        width, height = (_read_side(image, key, index, report) for key in ("width", "height"))
+        if width * height > MAX_PIXELS:
+            report.add("size", "images", index, image, f"{width} × {height} are more than {MAX_PIXELS} pixels.")
+            width = height = 0
+        id = _read_id(image, "id", "images", index, image, report)
+        if id is None:
+            continue
+        key = _key(id)
+        if key in places:
+            other = images[places[key]].file_name
+            report.add(
+                "id-twice", "images", index, image, f"the id is that of images[{first[key]}] ({short(other)}), too."
+            )
+            continue
+        places[key], first[key] = len(images), index
+        images.append(Image(id, file_name, width if height else 0, height if width else 0))
+    return images, places
+
+
+def _read_side(image: dict[str, Any], key: str, index: int, report: Report) -> int:
+    value = image.get(key)
+    if type(value) is float and value.is_integer():
+        report.add("size-float", "images", index, image, f"{key} is {value}")
+        value = int(value)
+    if type(value) is not int or not 1 <= value <= MAX_SIDE:
+        report.add(
+            "size",
+            "images",
+            index,
+            image,
+            f"{key} is {_found(image, key)}; it must be a whole number of pixels from 1 to {MAX_SIDE}.",
+        )
+        return 0
+    return value
+
+
+def _read_annotations(
+    raw: list, images: list[Image], places: dict[Id, int], categories: dict[Id, Id], report: Report
+) -> list[list[dict[str, Any]]]:
+    """Reads the annotations, and empties the list that they stand in.
+
+    Args:
+        raw: the JSON's list.
+        images: in the order of the file.
+        places: the place of each image's id.
+        categories: the ids of the classes in their order, by `_key`.
+        report: takes the findings.
+
+    Returns:
+        For each image its annotations.
+    """
+    grouped: list[list[dict[str, Any]]] = [[] for _ in images]
+    classes = {key: (number, id) for number, (key, id) in enumerate(categories.items())}
+    image_of = {key: (place, images[place].id) for key, place in places.items()}
+    habits = BoxHabits()
+    seen: dict[Id, int] = {}
+    # The popular "minival" files of COCO 2014 hold ids twice; nothing here depends on the ids of annotations.
+    unique = "minival" not in report.source
+    for index in range(len(raw)):
+        annotation, raw[index] = raw[index], None
+        if type(annotation) is not dict:
+            report.add("structure", "annotations", index, None, f"{short(annotation)} is no object.")
+            continue
+
+        def note(rule: str, detail: str, index: int = index, annotation: dict = annotation) -> None:
+            report.add(rule, "annotations", index, annotation, detail)
+
+        id = annotation.get("id")
+        if id is None:
+            note("id-missing", "")
+        else:
+            id = _read_id(annotation, "id", "annotations", index, annotation, report)
+            if id is not None:
+                before = seen.setdefault(_key(id), index)
+                if before != index and unique:
+                    note("id-twice", f"the id is that of annotations[{before}], too.")
+        place = _referred(annotation, "image_id", image_of, index, report)
+        number = _referred(annotation, "category_id", classes, index, report)
+        iscrowd = _read_iscrowd(annotation, note)
+        if annotation.get("ignore"):
+            note(
+                "ignore",
+                f"ignore is {short(annotation['ignore'])}. Set iscrowd 1 for what is neither trained on nor counted.",
+            )
+        if place is None:
+            continue
+        width, height = images[place].width, images[place].height
+        if not width:
+            continue
+        box = _read_box(annotation, width, height, note)
+        mask, extent = None, None
+        if annotation.get("segmentation") is not None:
+            mask, extent = read_mask(annotation["segmentation"], width, height, note)
+        if box is None or number is None:
+            continue
+        x, y, w, h = box
+        # What is left of it in the image.
+        inner = min(x + w, width) - max(x, 0), min(y + h, height) - max(y, 0)
+        is_empty = min(inner) < LEAST_SIDE
+        if max(w, h) > 0:
+            habits.add(box, None if is_empty else extent, width, height, index, annotation)
+        if is_empty:
+            note("bbox-empty", f"bbox is {short(annotation['bbox'])}, in an image of {width} × {height}")
+            continue
+        read = {
+            "id": id,
+            "bbox": box,
+            "bbox_mode": BoxMode.XYWH_ABS,
+            "category_id": number,
+            "iscrowd": iscrowd,
+            "area": _read_area(annotation, box, mask, width, height, note),
+        }
+        if mask is not None and extent is not None:
+            read["segmentation"] = mask
+        elif mask is not None:
+            note("mask-empty", f"segmentation is {short(annotation['segmentation'])}")
+            read["empty_mask"] = True
+        grouped[place].append(read)
+    habits.judge(report)
+    return grouped
+
+
+def _referred(
+    annotation: dict[str, Any], key: str, known: dict[Id, tuple[int, Id]], index: int, report: Report
+) -> int | None:
+    """The number of the image or category whose id an annotation gives; None if there is none."""
+    id = _read_id(annotation, key, "annotations", index, annotation, report)
+    if id is None:
+        return None
+    number, own = known.get(_key(id), (None, id))
+    if number is None:
+        list_name = "images" if key == "image_id" else "categories"
+        report.add(
+            "reference", "annotations", index, annotation, f"{key} is {short(id)}, which is no id of {list_name!r}."
+        )
+    elif type(own) is not type(id):
+        report.add("id-other-type", "annotations", index, annotation, f"{key} is {short(id)} for {short(own)}")
+    return number
+
+
+def _read_iscrowd(annotation: dict[str, Any], note: Callable[[str, str], None]) -> int:
+    value = annotation.get("iscrowd", 0)
+    if type(value) is int and value in (0, 1):
+        return value
+    if value is None or value is True or value is False or value in ("0", "1") or value in (0.0, 1.0):
+        note("iscrowd-null", f"iscrowd is {short(value)}")
+        return int(value or 0)
+    note("iscrowd", f"iscrowd is {short(value)}; it must be 0 or 1.")
+    return 0
+
+
+def _read_box(
+    annotation: dict[str, Any], width: int, height: int, note: Callable[[str, str], None]
+) -> list[float] | None:
+    """[x, y, width, height] with sides of 0 or more, near the image; None if it was refused."""
+    value = annotation.get("bbox")
+    if type(value) is not list or len(value) != 4 or not NUMBERS.issuperset(map(type, value)):
+        note("bbox", f"bbox is {_found(annotation, 'bbox')}; it must be [x, y, width, height].")
+        return None
+    far = FAR * max(width, height)
+    # An int may be too large for a float; compared, it need not become one.
+    if not all(-far <= x <= 2 * far for x in value):
+        if any(type(x) is float and not math.isfinite(x) for x in value):
+            note("bbox-not-finite", f"bbox is {short(value)}; its numbers must be finite.")
+        else:
+            note("bbox-far", f"bbox is {short(value)}, far outside the image of {width} × {height}.")
+        return None
+    x, y, w, h = map(float, value)
+    if w < 0 or h < 0:
+        note("bbox-negative", f"bbox is {short(value)}")
+        x, y, w, h = min(x, x + w), min(y, y + h), abs(w), abs(h)
+    if x < -far or y < -far or x + w > width + far or y + h > height + far:
+        note("bbox-far", f"bbox is {short(value)}, far outside the image of {width} × {height}.")
+        return None
+    return [x, y, w, h]
+
+
+def _read_area(
+    annotation: dict[str, Any],
+    box: list[float],
+    mask: list | dict | None,
+    width: int,
+    height: int,
+    note: Callable[[str, str], None],
+) -> float:
+    value = annotation.get("area")
+    if type(value) in NUMBERS and 0 < value < math.inf:
+        return float(value) if value < _MAX_EXACT else float(_MAX_EXACT)
+    if value is None or (type(value) in NUMBERS and value == 0):
+        note("area-missing", f"area is {_found(annotation, 'area')}")
+        return float((mask and area_of(mask, width, height)) or box[2] * box[3])
+    note("area", f"area is {short(value)}; it must be a number of pixels.")
+    return 0.0
+
+
+def _objects(content: dict[str, Any], list_name: str, report: Report):
+    """The entries of a list that are objects, with their indices; the others are noted."""
+    entries = content.get(list_name)
+    for index, entry in enumerate(entries if isinstance(entries, list) else ()):
+        if type(entry) is dict:
+            yield index, entry
+        else:
+            report.add("structure", list_name, index, None, f"{short(entry)} is no object.")
+
+
+def _read_id(entry: dict[str, Any], key: str, list_name: str, index: int, place: Any, report: Report) -> Id | None:
+    id = entry.get(key)
+    if type(id) is int:
+        return id
+    if type(id) is str and id:
+        report.add("id-text", list_name, index, place, f"{key} is {short(id)}")
+        return id
+    # A larger float may stand for several whole numbers.
+    if type(id) is float and id.is_integer() and abs(id) <= _MAX_EXACT:
+        report.add("id-float", list_name, index, place, f"{key} is {short(id)}")
+        return int(id)
+    report.add("id", list_name, index, place, f"{key} is {_found(entry, key)}; it must be a number or text.")
+    return None
+
+
+def _key(id: Id) -> Id:
+    """What ids are compared by: 1 and "1" are the same, "01" is another one."""
+    if type(id) is str and len(id) < 20 and id.isascii() and id.lstrip("-").isdigit() and str(int(id)) == id:
+        return int(id)
+    return id
+
+
+def _place(id: Id) -> tuple[bool, int, str]:
+    """Sorts ids: numbers and text of digits by value, then other text by its letters."""
+    is_number = type(id) is int or (len(id) < 20 and id.isascii() and id.isdigit())
+    return (False, int(id), str(id)) if is_number else (True, 0, id)
+
+
+def _found(entry: dict[str, Any], key: str) -> str:
+    return short(entry[key]) if key in entry else "missing"

@@ -1,0 +1,128 @@
+"""Whether a file's boxes are meant as COCO has them, [x, y, width, height] in pixels, seen over all of them."""
+
+from dataclasses import dataclass, field
+
+from .coco_masks import Extent
+from .report import Report, place_of
+
+# Pixels by which a box may leave its image, as rounding and amodal boxes do.
+_MARGIN = 2.0
+_MEANING = "A bbox must be [x, y, width, height], in pixels from the upper left corner."
+# Other meanings of four numbers (a, b, c, d), as extents.
+_READINGS = {
+    "corners [x1, y1, x2, y2]": lambda a, b, c, d: (a, b, c, d),
+    "[x, y, width, height] from the centre": lambda a, b, c, d: (a - c / 2, b - d / 2, a + c / 2, b + d / 2),
+    "[y, x, height, width]": lambda a, b, c, d: (b, a, b + d, a + c),
+}
+
+
+@dataclass
+class BoxHabits:
+    """Counts what the boxes of a file have in common, so that the whole file can be asked back."""
+
+    boxes: int = 0
+    fractions: int = 0
+    leaving: int = 0
+    masked: int = 0
+    disagreeing: int = 0
+    # Boxes that leave their image and would fit in it, and boxes that would fit their masks better, by reading.
+    fit_image: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_READINGS, 0))
+    fit_mask: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_READINGS, 0))
+    first: dict[str, str] = field(default_factory=dict)
+
+    def add(
+        self, box: list[float], extent: Extent | None, width: int, height: int, index: int, annotation: dict
+    ) -> None:
+        """Counts one box.
+
+        Args:
+            box: the four numbers of an annotation, finite.
+            extent: that of its mask, where there is one with pixels.
+            width, height: of the image, in pixels.
+            index, annotation: of the list in the JSON.
+        """
+        x, y, w, h = box
+        self.boxes += 1
+        kinds = []
+        if x <= 1 and y <= 1 and w <= 1 and h <= 1 and max(width, height) > 2:
+            self.fractions += 1
+            kinds.append("fractions")
+        if not _is_inside((x, y, x + w, y + h), width, height):
+            self.leaving += 1
+            kinds.append("leaving")
+            for name, reading in _READINGS.items():
+                self.fit_image[name] += _is_inside(reading(x, y, w, h), width, height)
+        if extent is not None:
+            self.masked += 1
+            agreement = overlap((x, y, x + w, y + h), extent)
+            if agreement < 0.5:
+                self.disagreeing += 1
+            if agreement < 0.8:
+                kinds.append("disagreeing")
+                for name, reading in _READINGS.items():
+                    other = overlap(reading(x, y, w, h), extent)
+                    self.fit_mask[name] += other >= 0.7 and other > agreement + 0.2
+        for kind in kinds:
+            if kind not in self.first:
+                self.first[kind] = _seen(box, extent, width, height, index, annotation)
+
+    def judge(self, report: Report) -> None:
+        """Refuses the file if more than half of its boxes are fractions of an image, leave it or contradict masks."""
+        as_mask = max(self.fit_mask, key=self.fit_mask.__getitem__)
+        as_image = max(self.fit_image, key=self.fit_image.__getitem__)
+        if 2 * self.fractions > self.boxes:
+            rule = "boxes-as-fractions"
+            detail = (
+                f"{self.fractions} of {self.boxes} boxes look like fractions of the image, such as "
+                f"{self.first['fractions']}. Are they? Multiply x and width by the image's width, y and height by its "
+                "height."
+            )
+        elif 2 * self.fit_mask[as_mask] > self.masked:
+            rule = "boxes-as-corners"
+            detail = (
+                f"{self.fit_mask[as_mask]} of {self.masked} boxes fit their masks better as {as_mask}, such as "
+                f"{self.first['disagreeing']}. Are they? {_MEANING}"
+            )
+        elif 2 * self.disagreeing > self.masked:
+            rule = "boxes-as-corners"
+            detail = (
+                f"{self.disagreeing} of {self.masked} boxes are not where their masks are, such as "
+                f"{self.first['disagreeing']}. Are they corners [x1, y1, x2, y2], or for images of another size? "
+                f"{_MEANING}"
+            )
+        elif 2 * self.leaving > self.boxes:
+            rule = "boxes-as-corners"
+            fit = self.fit_image[as_image]
+            detail = (
+                f"{self.leaving} of {self.boxes} boxes leave their image, such as {self.first['leaving']}. "
+                + (f"{fit} of these would fit as {as_image}. Are they? " if 2 * fit > self.leaving else "")
+                + ("" if 2 * fit > self.leaving else "Are they for images of another size? ")
+                + _MEANING
+            )
+        else:
+            return
+        report.add(rule, detail=detail)
+
+
+def _is_inside(box: Extent, width: int, height: int) -> bool:
+    left, top, right, bottom = box
+    return -_MARGIN <= left < right <= width + _MARGIN and -_MARGIN <= top < bottom <= height + _MARGIN
+
+
+def _seen(box: list[float], extent: Extent | None, width: int, height: int, index: int, annotation: dict) -> str:
+    numbers = ", ".join(f"{x:g}" for x in box)
+    mask = f", whose mask spans {', '.join(f'{x:g}' for x in extent)}" if extent else ""
+    return f"[{numbers}] of {place_of('annotations', index, annotation)} in an image of {width} × {height}{mask}"
+
+
+def overlap(one: Extent, other: Extent) -> float:
+    """Intersection over union of two boxes (left, top, right, bottom), 0 if the first one is none."""
+    if one[0] >= one[2] or one[1] >= one[3]:
+        return 0.0
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    both = width * height
+    areas = (one[2] - one[0]) * (one[3] - one[1]) + (other[2] - other[0]) * (other[3] - other[1])
+    return both / (areas - both)
