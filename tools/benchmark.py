@@ -18,6 +18,7 @@ from detectron2.utils.logger import setup_logger
 
 from karat_det.analysis.benchmark import PARTS, Turns, run_benchmark
 from karat_det.analysis.benchmark_report import write_report
+from karat_det.engine.setup import parse_command
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "vitdet_karat.yaml"
 
@@ -51,7 +52,7 @@ def main() -> None:
         help="GiB; scaling leaves out what would need more (default: %(default)g)",
     )
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of config keys; behind -- and all else")
-    args = parser.parse_args()
+    args = parse_command(parser)
     for name in ("repeats", "threads"):
         value = getattr(args, name)
         if value is not None and value < 1:

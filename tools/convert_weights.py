@@ -14,6 +14,7 @@ import karat_det  # noqa: F401  before Detectron2, whose imports warn of their o
 from detectron2.utils.logger import setup_logger
 
 from karat_det.checkpoint.publishing import convert_file, find_run, write_card
+from karat_det.engine.setup import parse_command
 
 
 def main() -> None:
@@ -23,7 +24,7 @@ def main() -> None:
     parser.add_argument("--publish", metavar="OUTPUT_DIR", help="the run that IN is from, for a model card beside OUT")
     parser.add_argument("--commit", default="", help="commit that trained them (default: that of this working copy)")
     parser.add_argument("--notes", default="", help="text for the card")
-    args = parser.parse_args()
+    args = parse_command(parser)
     if args.publish and not args.target.endswith(".safetensors"):
         parser.error(f"OUT is {args.target}. Weights are published as .safetensors.")
     if not args.publish and (args.commit or args.notes):

@@ -18,11 +18,13 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from karat_det.checkpoint.loading import check_weights_file
+from karat_det.engine.output_dir import claims
 from karat_det.engine.pretraining import Pretrainer, evaluate_file, load_pretrain_cfg
-from karat_det.engine.processes import goes_on, run_distributed
-from karat_det.engine.setup import log_device
+from karat_det.engine.processes import goes_on, run_distributed, take_folder
+from karat_det.engine.setup import log_device, parse_command
 
 
+@claims()
 def main(args):
     try:
         on_cpu = ["MODEL.DEVICE", "cpu"] if args.num_gpus == 0 else []
@@ -31,6 +33,8 @@ def main(args):
             check_weights_file(args.init_from, "--init-from")
         if not args.eval_only:
             args.resume = goes_on(cfg.OUTPUT_DIR, args.resume)
+        if not args.eval_only:
+            take_folder(cfg.OUTPUT_DIR)
         comm.synchronize()
         default_setup(cfg, args)
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="karat_det")
@@ -54,7 +58,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="weights to start from, of any number of classes; with --eval-only, those to evaluate (default there: "
         "model_best.pth in OUTPUT_DIR)",
     )
-    return parser.parse_args(arguments)
+    return parse_command(parser, arguments)
 
 
 if __name__ == "__main__":

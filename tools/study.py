@@ -18,6 +18,7 @@ import torch
 from detectron2.utils.logger import setup_logger
 
 from karat_det.analysis import study
+from karat_det.engine.setup import parse_command
 
 
 def main() -> None:
@@ -30,7 +31,7 @@ def main() -> None:
         default=torch.cuda.device_count() or os.cpu_count(),
         help="runs at a time (default: %(default)s)",
     )
-    args = parser.parse_args()
+    args = parse_command(parser)
     if args.jobs < 1:
         parser.error(f"--jobs is {args.jobs}. It must be at least 1.")
     setup_logger(name="karat_det")

@@ -16,11 +16,13 @@ from detectron2.utils.logger import setup_logger
 
 from karat_det.checkpoint.loading import SafeCheckpointer, check_weights_file
 from karat_det.data.registration import load_checked_test_dicts
-from karat_det.engine.processes import goes_on, run_distributed
-from karat_det.engine.setup import check_model_and_datasets, load_cfg, log_device
+from karat_det.engine.output_dir import claims
+from karat_det.engine.processes import goes_on, run_distributed, take_folder
+from karat_det.engine.setup import check_model_and_datasets, load_cfg, log_device, parse_command
 from karat_det.engine.trainer import Trainer
 
 
+@claims()
 def main(args):
     try:
         on_cpu = ["MODEL.DEVICE", "cpu"] if args.num_gpus == 0 else []
@@ -33,6 +35,8 @@ def main(args):
         if args.eval_only and not cfg.DATASETS.TEST:
             raise ValueError("DATASETS.TEST is empty; --eval-only needs at least one dataset to evaluate on.")
         check_model_and_datasets(cfg, training=not args.eval_only)
+        if not args.eval_only:
+            take_folder(cfg.OUTPUT_DIR)
         comm.synchronize()
         default_setup(cfg, args)
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="karat_det")
@@ -57,5 +61,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    args = default_argument_parser().parse_args()
+    args = parse_command(default_argument_parser())
     run_distributed(main, args)

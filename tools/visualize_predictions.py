@@ -16,7 +16,7 @@ from karat_det.analysis.predictions import dataset_classes, image_records, pictu
 from karat_det.checkpoint.loading import check_weights_file, load_weights
 from karat_det.data.mapper import build_mapper
 from karat_det.data.registration import load_checked_test_dicts
-from karat_det.engine.setup import load_cfg
+from karat_det.engine.setup import load_cfg, parse_command
 
 
 def parse_args() -> argparse.Namespace:
@@ -36,7 +36,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, metavar="K", help="draw at most K predictions an image, the best")
     parser.add_argument("--max-images", type=int, metavar="N", help="only the first N images")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of config keys; behind all else")
-    args = parser.parse_args()
+    args = parse_command(parser)
     if not 0 <= args.threshold <= 1:
         parser.error(f"--threshold is {args.threshold}. It must be from 0 to 1.")
     for name in ("top_k", "max_images"):

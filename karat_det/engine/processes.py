@@ -16,7 +16,7 @@ from torch import distributed
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from . import signals
-from .setup import check_output_dir
+from .output_dir import check_output_dir, claim
 
 # What gloo and nccl say where the other end of a connection is gone.
 _LOST = re.compile(r"[Cc]onnection (closed|reset|refused)|Broken pipe|remote process exited|NCCL (error|communicator)")
@@ -137,16 +137,28 @@ def goes_on(output_dir: str, resume: bool) -> bool:
     """
     if resume:
         return True
-    mark = f"{socket.gethostname()} {os.getppid()} {os.environ.get('TORCHELASTIC_RUN_ID', '')}"
     path = Path(output_dir, _STARTED_BY)
-    again = comm.all_gather(restarts() > 0 and path.is_file() and path.read_text(encoding="utf-8") == mark)[0]
+    again = comm.all_gather(restarts() > 0 and path.is_file() and path.read_text(encoding="utf-8") == _mark())[0]
     if again:
         return True
     check_output_dir(output_dir)
-    if "TORCHELASTIC_RUN_ID" in os.environ and comm.is_main_process():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(mark, encoding="utf-8")
     return False
+
+
+def take_folder(output_dir: str) -> None:
+    """Makes the folder of a run, locks it, and marks it as begun by this torchrun; all processes must call it.
+
+    Raises:
+        ValueError: another run has the folder, or it cannot be written to.
+    """
+    # What is left of an attempt that has failed may take a moment to end.
+    claim(output_dir, patience=30.0 if restarts() else 0.0)
+    if "TORCHELASTIC_RUN_ID" in os.environ and comm.is_main_process():
+        Path(output_dir, _STARTED_BY).write_text(_mark(), encoding="utf-8")
+
+
+def _mark() -> str:
+    return f"{socket.gethostname()} {os.getppid()} {os.environ.get('TORCHELASTIC_RUN_ID', '')}"
 
 
 def agree(*values: float) -> tuple[float, ...]:

@@ -1,7 +1,11 @@
 """From a command line to a checked config and running processes, before anything is built."""
 
+import argparse
+import itertools
 import logging
 import os
+from pathlib import Path
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -14,6 +18,28 @@ from .checks import check_detector_config
 from .config_values import merge_values
 
 logger = logging.getLogger(__name__)
+
+
+def parse_command(parser: argparse.ArgumentParser, arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parses a command line whose options may stand behind the overrides too, and expands `~` in paths.
+
+    Args:
+        parser: the command's; its overrides, if it has any, are `opts`.
+        arguments: the words; default those of this process.
+    """
+    args, opts = parser.parse_args(arguments), []
+    while rest := list(getattr(args, "opts", None) or ()):
+        words = list(itertools.takewhile(lambda word: not word.startswith("--"), rest))
+        opts += words
+        args.opts = None
+        if len(words) < len(rest):
+            parser.parse_args(rest[len(words) :], args)
+    if hasattr(args, "opts"):
+        args.opts = opts
+    for name, value in vars(args).items():
+        if name != "opts":
+            setattr(args, name, _at_home(value))
+    return args
 
 
 def load_cfg(config_file: str, opts: list[str], own_data_needed: bool = True) -> CfgNode:
@@ -61,6 +87,7 @@ def merge(cfg: CfgNode, config_file: str, opts: list[str]) -> None:
         FileNotFoundError: there is no such file.
         ValueError: it cannot be read, a key is unknown, or a value is of another type than the default.
     """
+    config_file = os.path.expanduser(config_file)
     if len(opts) % 2:
         raise ValueError(f"Overrides are pairs KEY VALUE; these are {len(opts)} words: {' '.join(opts)}")
     if config_file:
@@ -78,6 +105,7 @@ def merge(cfg: CfgNode, config_file: str, opts: list[str]) -> None:
         cfg.SOLVER.AMP.ENABLED = False
     # More workers than cores only make torch warn.
     cfg.DATALOADER.NUM_WORKERS = min(cfg.DATALOADER.NUM_WORKERS, os.cpu_count() or 1)
+    _expand_home(cfg)
 
 
 def check_model_and_datasets(cfg: CfgNode, training: bool) -> None:
@@ -111,14 +139,19 @@ def log_device(cfg: CfgNode, num_gpus: int) -> None:
         )
 
 
-def check_output_dir(output_dir: str) -> None:
-    """Raises ValueError if a folder already holds checkpoints, which a new run would overwrite."""
-    if not os.path.isdir(output_dir):
-        return
-    checkpoints = sorted(name for name in os.listdir(output_dir) if name.endswith(".pth") or name == "last_checkpoint")
-    if checkpoints:
-        raise ValueError(
-            f"OUTPUT_DIR is {output_dir!r}, which holds a run's checkpoints ({', '.join(checkpoints[:3])}"
-            f"{', …' if len(checkpoints) > 3 else ''}). Add --resume to go on with that run, or name another "
-            "OUTPUT_DIR."
-        )
+def _expand_home(cfg: CfgNode) -> None:
+    """Puts the home folder in place of the ~ that a path begins with, as a shell does; YAML has no shell."""
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            _expand_home(value)
+        else:
+            cfg[key] = _at_home(value)
+
+
+def _at_home(value: Any) -> Any:
+    """A path, or paths in lists and tuples, with the home folder for ~; any other value as it is."""
+    if isinstance(value, str):
+        return os.path.expanduser(value)
+    if isinstance(value, Path):
+        return value.expanduser()
+    return type(value)(map(_at_home, value)) if type(value) in (list, tuple) else value

@@ -3,13 +3,14 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import CfgNode
+from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
 from detectron2.modeling.roi_heads import FastRCNNConvFCHead
 
 from karat_det.attention import KArAtAttention
 from karat_det.attention.window import KArAtWindowAttention
 from karat_det.config import add_karat_config
-from karat_det.engine.setup import check_model_and_datasets, check_output_dir, load_cfg
+from karat_det.engine.setup import check_model_and_datasets, load_cfg, parse_command
 
 ALL_CONFIGS = [
     path
@@ -88,12 +89,39 @@ def test_a_missing_config_file_is_named():
         load_cfg("nowhere.yaml", [])
 
 
-def test_an_output_folder_with_checkpoints_is_refused(tmp_path):
-    check_output_dir(str(tmp_path / "new"))
-    check_output_dir(str(tmp_path))
-    (tmp_path / "model_0000399.pth").touch()
-    with pytest.raises(ValueError, match=r"model_0000399.pth.*--resume.*another OUTPUT_DIR"):
-        check_output_dir(str(tmp_path))
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--config-file ~/a.yaml --resume --num-gpus 0 SEED 3 OUTPUT_DIR x",
+        "SEED 3 OUTPUT_DIR x --resume --num-gpus 0 --config-file ~/a.yaml",
+        "--num-gpus 0 SEED 3 --resume OUTPUT_DIR x --config-file=~/a.yaml",
+    ],
+)
+def test_options_may_stand_behind_the_overrides(monkeypatch, words):
+    monkeypatch.setenv("HOME", "/home/me")
+    args = parse_command(default_argument_parser(), words.split())
+    assert args.resume and args.num_gpus == 0 and not args.eval_only
+    assert args.config_file == "/home/me/a.yaml" and args.opts == ["SEED", "3", "OUTPUT_DIR", "x"]
+
+
+def test_an_unknown_option_behind_the_overrides_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        parse_command(default_argument_parser(), ["SEED", "3", "--resum-e"])
+    assert "unrecognized arguments: --resum-e" in capsys.readouterr().err
+    assert parse_command(default_argument_parser(), ["SOLVER.BASE_LR", "-1e-3"]).opts == ["SOLVER.BASE_LR", "-1e-3"]
+    assert parse_command(default_argument_parser(), []).opts == []
+
+
+def test_the_home_folder_is_put_for_a_tilde(monkeypatch, tmp_path, configs):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own.yaml").write_text(
+        f"_BASE_: {configs / 'quickstart.yaml'}\nOUTPUT_DIR: ~/out\nMODEL: {{WEIGHTS: ~/start.pth}}\n"
+    )
+    cfg = load_cfg(str(tmp_path / "own.yaml"), ["DATASETS.PROPOSAL_FILES_TEST", "('~/a.pkl', 'b~.pkl')"])
+    assert (f"{tmp_path}/out", f"{tmp_path}/start.pth") == (cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS)
+    assert (f"{tmp_path}/a.pkl", "b~.pkl") == cfg.DATASETS.PROPOSAL_FILES_TEST
+    # Where no shell has done it.
+    assert f"{tmp_path}/out" == load_cfg("~/own.yaml", []).OUTPUT_DIR
 
 
 def test_every_key_is_explained():

@@ -16,6 +16,7 @@ from detectron2.engine import default_argument_parser
 from PIL import Image
 
 from karat_det.data.digits import generate_digits
+from karat_det.engine.output_dir import claim, claims
 
 ROOT = Path(__file__).parents[2]
 TRAIN_NET = str(ROOT / "tools" / "train_net.py")
@@ -108,7 +109,11 @@ def test_a_finished_run_is_not_overwritten_without_a_word(train, out):
 
 
 def test_resumes_where_it_stopped_and_evaluates_to_the_same_figures(train, out):
-    resumed = train("--resume", overrides=[*SMALL_MODEL, "SOLVER.MAX_ITER", "5"])
+    with claims():
+        claim(str(out))
+        refused = train("--resume", fails=True)
+        assert refused.stderr.startswith(f"error: OUTPUT_DIR is '{out}', into which another run writes just now")
+    resumed = train(overrides=[*SMALL_MODEL, "--resume", "SOLVER.MAX_ITER", "5"])
     assert "Starting training from iteration 3" in resumed.stdout
     assert torch.load(out / "model_final.pth", weights_only=True)["iteration"] == 4
     # The run's last checkpoint, and the same file named.
