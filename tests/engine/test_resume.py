@@ -1,11 +1,14 @@
 """A run of a detector that goes on from a checkpoint is the run that never stopped."""
 
+import itertools
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from detectron2.utils import comm
+from forked import in_processes
 
 from karat_det.data.digits import generate_digits
 from karat_det.engine.setup import load_cfg
@@ -20,6 +23,7 @@ SMALL = {
     "MODEL.ROI_BOX_HEAD.CONV_DIM": 8,
     "MODEL.ROI_BOX_HEAD.FC_DIM": 8,
     "MODEL.ROI_MASK_HEAD.CONV_DIM": 8,
+    "INPUT.RANDOM_FLIP": "horizontal",
     "DATALOADER.NUM_WORKERS": 0,
     "SOLVER.IMS_PER_BATCH": 2,
     "SOLVER.MAX_ITER": 6,
@@ -64,7 +68,10 @@ def start(cfg, resume=False):
 
 def train(cfg, resume=False, until=None):
     """Trains from the start or from the last checkpoint, until a step has been done or to the end."""
-    trainer = start(cfg, resume)
+    return run(start(cfg, resume), until)
+
+
+def run(trainer, until):
     after_step = trainer.after_step
 
     def stop():
@@ -109,6 +116,49 @@ def test_stopped_anywhere_it_ends_as_the_unbroken_run_with_any_workers(make_cfg)
     assert not differences(final, saved(other))
     train(make_cfg("third", SEED=4))
     assert differences(final["model"], saved(make_cfg("third"))["model"])
+
+
+def test_two_processes_go_on_bitwise_and_through_the_order_of_one(make_cfg, tmp_path):
+    def taken_by(folder, *parts, processes=2):
+        images = {}
+        for resume, until, overrides in parts:
+            meeting = tmp_path / f"{folder}_{resume}_{until}"
+            meeting.mkdir()
+            cfg = make_cfg(folder, **overrides)
+            for taken in in_processes(meeting, processes, train_and_tell_images, cfg, resume, until):
+                images |= taken
+        return images
+
+    workers = {"DATALOADER.NUM_WORKERS": 1}
+    images = taken_by("two", (False, None, {}))
+    assert sorted(images) == list(range(12)) and len({images[place][0] for place in range(8)}) == 8
+    # Flipped or not.
+    assert len(set(images.values())) > 8
+    assert taken_by("again", (False, 3, workers), (True, None, {})) == images
+    assert not differences(saved(make_cfg("two")), saved(make_cfg("again")))
+    # One process takes over, and then with larger steps.
+    larger = {"SOLVER.IMS_PER_BATCH": 4, "SOLVER.MAX_ITER": 5}
+    mixed = taken_by("mixed", (False, 1, {}))
+    mixed |= taken_by("mixed", (True, 3, {}), (True, None, larger), processes=1)
+    assert mixed == images
+
+
+def train_and_tell_images(cfg, resume, until):
+    """Trains. Returns which image, and how flipped, this process has had at which place of the order."""
+    trainer, images = start(cfg, resume), {}
+    order, loader = trainer._trainer.data_loader.order, trainer._trainer.data_loader.loader
+
+    def noted():
+        rank, world_size = comm.get_rank(), comm.get_world_size()
+        for step, batch in enumerate(loader):
+            first = order_at_start + step * cfg.SOLVER.IMS_PER_BATCH + rank
+            for place, record in zip(itertools.count(first, world_size), batch, strict=False):
+                images[place] = record["image_id"], int(record["image"][:, :, :9].sum())
+            yield batch
+
+    order_at_start, trainer._trainer.data_loader.loader = order.place, noted()
+    run(trainer, until)
+    return images
 
 
 def rates(trainer):
