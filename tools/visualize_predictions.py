@@ -15,7 +15,7 @@ from detectron2.utils.logger import setup_logger
 from karat_det.analysis.predictions import dataset_classes, image_records, picture_paths, predict
 from karat_det.checkpoint.loading import check_weights_file, load_weights
 from karat_det.data.mapper import build_mapper
-from karat_det.data.registration import load_checked_test_dicts
+from karat_det.data.registration import load_checked_test_dicts, num_classes
 from karat_det.engine.setup import load_cfg, parse_command
 
 
@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
         check_weights_file(args.weights, "--weights")
         records = load_checked_test_dicts(cfg) if args.dataset else image_records(args.input)
         records = records[: args.max_images]
-        classes = dataset_classes(cfg.DATASETS.TEST, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+        classes = dataset_classes(cfg.DATASETS.TEST, num_classes(cfg))
         os.makedirs(args.output, exist_ok=True)
         picture_paths(records, args.output)
         mapper = build_mapper(cfg, is_train=False)

@@ -48,7 +48,7 @@ class Classes:
     """
 
     names: list[str]
-    category_ids: list[int]
+    category_ids: list[int | str]
 
 
 def dataset_classes(dataset_names: Sequence[str], num_classes: int) -> Classes:
@@ -56,7 +56,7 @@ def dataset_classes(dataset_names: Sequence[str], num_classes: int) -> Classes:
 
     Args:
         dataset_names: DATASETS.TEST; its datasets need not be there.
-        num_classes: MODEL.ROI_HEADS.NUM_CLASSES.
+        num_classes: of the model.
 
     Raises:
         ValueError: the dataset has another number of classes.
@@ -75,7 +75,7 @@ def dataset_classes(dataset_names: Sequence[str], num_classes: int) -> Classes:
         names = [str(i) for i in range(num_classes)]
     if len(names) != num_classes:
         raise ValueError(
-            f"DATASETS.TEST names {name!r}, which has {len(names)} classes, but MODEL.ROI_HEADS.NUM_CLASSES is "
+            f"DATASETS.TEST names {name!r}, which has {len(names)} classes, but the model's NUM_CLASSES is "
             f"{num_classes}. Name a dataset with the model's classes there, or none: DATASETS.TEST ()."
         )
     id_of_class = {i: id for id, i in metadata.get("thing_dataset_id_to_contiguous_id", {}).items()}
@@ -120,14 +120,18 @@ def image_records(paths: Sequence[str]) -> list[dict[str, Any]]:
 def picture_paths(records: Sequence[dict[str, Any]], output_dir: str) -> list[Path]:
     """The file that each record's picture is written to, named after its image.
 
-    Where two images have the same name, in two folders for example, every picture also carries its image's id.
+    Where two images have the same name, in two folders for example, every picture also carries its image's id, or its
+    number from 1 where ids are text.
 
     Raises:
         ValueError: a picture would overwrite its image.
     """
     stems = [Path(record["file_name"]).stem for record in records]
     if len({stem.casefold() for stem in stems}) < len(stems):
-        stems = [f"{stem}-{record['image_id']}" for stem, record in zip(stems, records, strict=True)]
+        ids = [record["image_id"] for record in records]
+        # Text may hold slashes.
+        marks = ids if all(isinstance(id, int) for id in ids) else range(1, len(ids) + 1)
+        stems = [f"{stem}-{mark}" for stem, mark in zip(stems, marks, strict=True)]
     paths = [Path(output_dir, f"{stem}.jpg") for stem in stems]
     images = {os.path.realpath(record["file_name"]) for record in records}
     for path in paths:

@@ -21,6 +21,9 @@ from .digits import DIGITS_NAMES, generate_digits
 from .formats.coco import Id, read_categories
 from .image_check import check_images
 
+# Detectron2's architectures that take no notice of MODEL.MASK_ON.
+_WITHOUT_MASKS = ("RetinaNet", "ProposalNetwork")
+
 # What this module registered: name -> (JSON file, image folder, class ids and names).
 _registered: dict[str, tuple[str, str, tuple[list[Id], list[str]]]] = {}
 
@@ -80,11 +83,17 @@ def check_datasets(cfg: CfgNode, training: bool) -> None:
         training: whether DATASETS.TRAIN is used.
 
     Raises:
-        ValueError: DATASETS.TRAIN is empty; a name is unknown; a dataset's classes are not as many as the model's.
+        ValueError: DATASETS.TRAIN is empty; a name is unknown; a dataset's classes are not as many as the model's; the
+            architecture has no masks, but MODEL.MASK_ON is True.
         FileNotFoundError: a JSON or an image folder does not exist.
     """
     if training and not cfg.DATASETS.TRAIN:
         raise ValueError("DATASETS.TRAIN is empty; name at least one dataset to train on.")
+    if cfg.MODEL.MASK_ON and cfg.MODEL.META_ARCHITECTURE in _WITHOUT_MASKS:
+        raise ValueError(
+            f"MODEL.MASK_ON is True, but MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} finds no masks. Set "
+            "MODEL.MASK_ON False."
+        )
     for key, names in (
         ("DATASETS.TRAIN", cfg.DATASETS.TRAIN if training else ()),
         ("DATASETS.TEST", cfg.DATASETS.TEST),

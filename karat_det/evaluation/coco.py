@@ -90,7 +90,8 @@ class FasterCOCOEvaluator(COCOEvaluator):
             outputs: for each image "instances" or "proposals".
 
         Raises:
-            ValueError: a prediction is of an image or a class that the dataset does not have.
+            ValueError: a prediction is of an image or a class that the dataset does not have, or it has no mask where
+                masks are evaluated.
         """
         for record, output in zip(inputs, outputs, strict=True):
             if record["image_id"] not in self._image_numbers:
@@ -99,6 +100,11 @@ class FasterCOCOEvaluator(COCOEvaluator):
                 )
             if "instances" not in output or not len(output["instances"]):
                 continue
+            if "segm" in (self._tasks or ()) and not output["instances"].has("pred_masks"):
+                raise ValueError(
+                    f"The predictions of image {record['image_id']!r} have no masks, which are to be evaluated. Set "
+                    "MODEL.MASK_ON False for a model that finds boxes only."
+                )
             found = output["instances"].pred_classes
             unknown = sorted(set(found.tolist()) - set(self._class_of))
             if unknown:

@@ -150,6 +150,8 @@ def test_pictures_of_equal_names_do_not_collide(folders):
     records = image_records([str(folders / "a"), str(folders / "b")])
     assert [path.name for path in picture_paths(records, "out")] == ["scene-1.jpg", "scene-2.jpg"]
     assert [path.name for path in picture_paths(records[:1], "out")] == ["scene.jpg"]
+    named = [{**record, "image_id": f"camera/{record['image_id']}"} for record in records]
+    assert [path.name for path in picture_paths(named, "out")] == ["scene-1.jpg", "scene-2.jpg"]
 
 
 def test_a_picture_never_overwrites_its_image(folders):

@@ -101,7 +101,7 @@ def test_missing_path_is_named_with_its_key(own_cfg, key, kind):
 )
 def test_json_without_readable_categories_is_named(own_cfg, own, text, message):
     own.json_file.write_text(text)
-    with pytest.raises(ValueError, match=rf"KARAT_DATA\.JSONS\[0\], .*annotations\.json, .*{message}"):
+    with pytest.raises(ValueError, match=rf"(?s)KARAT_DATA\.JSONS\[0\], .*annotations\.json, .*{message}"):
         register_from_config(own_cfg)
 
 
@@ -375,9 +375,17 @@ def test_built_in_names_are_read_by_the_same_reader(cfg, own):
     assert MetadataCatalog.get("built_in").thing_dataset_id_to_contiguous_id == {7: 0, 14: 1}
 
 
+@pytest.mark.parametrize("architecture", ["RetinaNet", "ProposalNetwork"])
+def test_masks_need_an_architecture_that_finds_them(own_cfg, architecture):
+    own_cfg.MODEL.META_ARCHITECTURE = architecture
+    with pytest.raises(ValueError, match=rf"MASK_ON is True, but .* {architecture} finds no masks"):
+        load(own_cfg)
+
+
 @pytest.mark.parametrize("architecture, section", [("RetinaNet", "RETINANET"), ("MyDetector", "MYDETECTOR")])
 def test_the_number_of_classes_is_that_of_the_architecture(own_cfg, architecture, section):
     own_cfg.MODEL.META_ARCHITECTURE = architecture
+    own_cfg.MODEL.MASK_ON = False
     own_cfg.MODEL.ROI_HEADS.NUM_CLASSES = 80
     own_cfg.MODEL.setdefault(section, CfgNode({"NUM_CLASSES": 0})).NUM_CLASSES = 3
     with pytest.raises(ValueError, match=rf"2 categories.*MODEL\.{section}\.NUM_CLASSES is 3\. Set .* to 2"):

@@ -238,6 +238,19 @@ def test_figures_equal_pycocotools_on_coco(task):
     assert all(0 < stat < 1 for stat in stats)
 
 
+def test_results_on_coco_equal_detectron2s(named_dataset):
+    folder = os.environ.get("KARAT_COCO_TINY")
+    if not folder:
+        pytest.skip("set KARAT_COCO_TINY to a folder that holds coco/annotations/instances_val2017.json")
+    dataset = json.loads(Path(folder, "coco/annotations/instances_val2017.json").read_text())
+    assert any(annotation["iscrowd"] for annotation in dataset["annotations"])
+    pairs = as_outputs(dataset, perturbed(dataset, np.random.default_rng(1), score_levels=20, copies=3))
+    name = named_dataset(dataset, detectron2=True)
+    expected = evaluate(COCOEvaluator(name, TASKS, distributed=False, use_fast_impl=False), pairs)
+    assert evaluate(FasterCOCOEvaluator(name, TASKS, distributed=False), pairs) == approximately(expected)
+    assert expected["segm"]["AP"] > 0
+
+
 def test_results_and_files_equal_detectron2s(named_dataset, tmp_path):
     rng = np.random.default_rng(2)
     dataset = random_dataset(rng, num_images=4, num_classes=3, crowds=True)
@@ -464,6 +477,10 @@ def test_a_prediction_of_a_class_or_an_image_that_the_dataset_lacks_is_an_error(
         outputs["instances"].pred_classes[-1] = wrong
         with pytest.raises(ValueError, match=rf"image 3 is of class {wrong}, but .*\.json .* has 2 classes"):
             evaluator.process([pairs[0][0]], [outputs])
+    outputs = copy.deepcopy(pairs[0][1])
+    outputs["instances"].remove("pred_masks")
+    with pytest.raises(ValueError, match=r"predictions of image 3 have no masks.*MODEL\.MASK_ON False"):
+        evaluator.process([pairs[0][0]], [outputs])
     with pytest.raises(ValueError, match=r"of image 5, which .*\.json .* does not have"):
         evaluator.process([{"image_id": 5}], [pairs[0][1]])
 

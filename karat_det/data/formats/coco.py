@@ -75,11 +75,19 @@ def read_coco(json_file: str, source: str | None = None) -> CocoContent:
 
 
 def read_categories(json_file: str, source: str | None = None) -> tuple[list[Id], list[str]]:
-    """Reads only the ids and names of a file's classes, in the order of the ids. Arguments and errors: `read_coco`."""
+    """Reads only the ids and names of a file's classes, in the order of the ids, and logs nothing.
+
+    Arguments and errors are those of `read_coco`.
+    """
     report = Report(source or json_file, RULES, DOCUMENTATION)
     with _without_collector():
-        categories = _read_categories(_parse(json_file, report, only="categories"), report)
-    report.finish()
+        try:
+            categories = _read_categories(_parse(json_file, report, only="categories"), report)
+            report.raise_refused()
+        except ValueError:
+            # There may be more to tell.
+            read_coco(json_file, source)
+            raise
     return categories
 
 
@@ -92,7 +100,8 @@ def _read(json_file: str, report: Report) -> CocoContent:
     annotations = None
     if isinstance(raw, list):
         annotations = _read_annotations(raw, images, numbers, {_key(each): each for each in category_ids}, report)
-    report.finish()
+    report.raise_refused()
+    report.log()
     order = sorted(range(len(images)), key=lambda i: _place(images[i].id))
     return CocoContent(
         [images[i] for i in order],
@@ -132,7 +141,7 @@ def _parse(json_file: str, report: Report, only: str | None = None) -> dict[str,
         raise ValueError(f"{report.source} is not a JSON file: {error}. Write or download it anew.") from error
     if not isinstance(content, dict):
         report.add("structure", detail=f"the file holds {short(content)}; it must be an object.")
-        report.finish()
+        report.raise_refused()
     lists = ("images", "categories") if only is None else (only,)
     for name in (*lists, "annotations") if "annotations" in content and only is None else lists:
         if not isinstance(content.get(name), list):
@@ -299,11 +308,10 @@ def _read_annotations(
         # What is left of it in the image.
         inner = min(x + w, width) - max(x, 0), min(y + h, height) - max(y, 0)
         is_empty = min(inner) < LEAST_SIDE
-        if max(w, h) > 0:
-            habits.add(box, None if is_empty else extent, width, height, index, annotation)
         if is_empty:
             note("bbox-empty", f"bbox is {short(annotation['bbox'])}, in an image of {width} × {height}")
             continue
+        habits.add(box, extent, width, height, index, annotation)
         read = {
             "id": id,
             "bbox": box,
@@ -315,6 +323,7 @@ def _read_annotations(
         if mask is not None and extent is not None:
             read["segmentation"] = mask
         elif mask is not None:
+            habits.masks_as_fractions += isinstance(mask, list) and max(map(max, mask)) <= 1
             note("mask-empty", f"segmentation is {short(annotation['segmentation'])}")
             read["empty_mask"] = True
         grouped[place].append(read)

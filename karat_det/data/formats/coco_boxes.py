@@ -24,6 +24,7 @@ class BoxHabits:
     fractions: int = 0
     leaving: int = 0
     masked: int = 0
+    masks_as_fractions: int = 0
     disagreeing: int = 0
     # Boxes that leave their image and would fit in it, and boxes that would fit their masks better, by reading.
     fit_image: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_READINGS, 0))
@@ -44,7 +45,8 @@ class BoxHabits:
         x, y, w, h = box
         self.boxes += 1
         kinds = []
-        if x <= 1 and y <= 1 and w <= 1 and h <= 1 and max(width, height) > 2:
+        # Whole numbers may be the box of one pixel, in the corner.
+        if x <= 1 and y <= 1 and w <= 1 and h <= 1 and any(side % 1 for side in box) and max(width, height) > 2:
             self.fractions += 1
             kinds.append("fractions")
         if not _is_inside((x, y, x + w, y + h), width, height):
@@ -54,20 +56,21 @@ class BoxHabits:
                 self.fit_image[name] += _is_inside(reading(x, y, w, h), width, height)
         if extent is not None:
             self.masked += 1
-            agreement = overlap((x, y, x + w, y + h), extent)
+            agreement = _agreement((x, y, x + w, y + h), extent)
             if agreement < 0.5:
                 self.disagreeing += 1
             if agreement < 0.8:
                 kinds.append("disagreeing")
                 for name, reading in _READINGS.items():
-                    other = overlap(reading(x, y, w, h), extent)
+                    other = _agreement(reading(x, y, w, h), extent)
                     self.fit_mask[name] += other >= 0.7 and other > agreement + 0.2
         for kind in kinds:
             if kind not in self.first:
                 self.first[kind] = _seen(box, extent, width, height, index, annotation)
 
     def judge(self, report: Report) -> None:
-        """Refuses the file if more than half of its boxes are fractions of an image, leave it or contradict masks."""
+        """Refuses a file more than half of whose boxes are fractions, leave images or contradict masks, or more than
+        half of whose masks are fractions."""
         as_mask = max(self.fit_mask, key=self.fit_mask.__getitem__)
         as_image = max(self.fit_image, key=self.fit_image.__getitem__)
         if 2 * self.fractions > self.boxes:
@@ -99,6 +102,12 @@ class BoxHabits:
                 + ("" if 2 * fit > self.leaving else "Are they for images of another size? ")
                 + _MEANING
             )
+        elif self.masks_as_fractions > self.masked:
+            rule = "masks-as-fractions"
+            detail = (
+                f"{self.masks_as_fractions} of {self.masks_as_fractions + self.masked} masks look like fractions of "
+                "the image. Are they? Multiply x by the image's width, y by its height."
+            )
         else:
             return
         report.add(rule, detail=detail)
@@ -115,14 +124,19 @@ def _seen(box: list[float], extent: Extent | None, width: int, height: int, inde
     return f"[{numbers}] of {place_of('annotations', index, annotation)} in an image of {width} × {height}{mask}"
 
 
-def overlap(one: Extent, other: Extent) -> float:
-    """Intersection over union of two boxes (left, top, right, bottom), 0 if the first one is none."""
-    if one[0] >= one[2] or one[1] >= one[3]:
+def _agreement(box: Extent, mask: Extent) -> float:
+    """Intersection over union of what boxes span, a pixel added on each side; 0 if the first one is none.
+
+    Masks may be rounded to pixels, and those of small objects would not agree otherwise.
+    """
+    left, top, right, bottom = box
+    left_of, top_of, right_of, bottom_of = mask
+    if left >= right or top >= bottom:
         return 0.0
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
+    width = min(right, right_of) - max(left, left_of) + 2
+    height = min(bottom, bottom_of) - max(top, top_of) + 2
     if width <= 0 or height <= 0:
         return 0.0
     both = width * height
-    areas = (one[2] - one[0]) * (one[3] - one[1]) + (other[2] - other[0]) * (other[3] - other[1])
+    areas = (right - left + 2) * (bottom - top + 2) + (right_of - left_of + 2) * (bottom_of - top_of + 2)
     return both / (areas - both)

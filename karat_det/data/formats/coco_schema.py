@@ -131,6 +131,9 @@ RULES: dict[str, Rule] = {
         "masks",
         "Objects whose mask has no pixel in the image; with MODEL.MASK_ON False they are used, with their boxes.",
     ),
+    "masks-as-fractions": Rule(
+        "refused", "masks", "More than half of the file's masks have no pixel, and no coordinate above 1."
+    ),
     # The rest of an annotation.
     "iscrowd": Rule("refused", "annotations", "An iscrowd other than 0 and 1."),
     "iscrowd-null": Rule(

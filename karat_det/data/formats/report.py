@@ -30,7 +30,7 @@ class Rule:
 
 
 class Report:
-    """Collects findings; at the end raises one error or logs one warning for each rule.
+    """Collects findings, for one error or a warning for each rule.
 
     Args:
         source: what a user calls the file.
@@ -60,8 +60,8 @@ class Report:
             place = f"{place_of(list_name, index, entry)}: " if list_name else ""
             self._lines[rule].append((self._order, place + detail))
 
-    def finish(self) -> None:
-        """Raises ValueError if anything was refused, in at most `MAX_LINES` lines; else logs what was put right."""
+    def raise_refused(self) -> None:
+        """Raises ValueError if anything was refused, in at most `MAX_LINES` lines."""
         refused = [rule for rule in self.counts if self._rules[rule].verdict == "refused"]
         total = sum(self.counts[rule] for rule in refused)
         if total:
@@ -75,6 +75,9 @@ class Report:
                 f"{self.source} is not in COCO format as {self._documentation} describes it: "
                 + (lines[0].strip() if total == 1 else f"{total} errors." + "".join(lines))
             )
+
+    def log(self) -> None:
+        """Logs what was put right or left out, in a warning for each rule."""
         for rule, count in self.counts.items():
             verdict, first = self._rules[rule].verdict, self._lines[rule][0][1]
             logger.warning("%s: %d %s: %s First: %s", self.source, count, verdict, self._rules[rule].text, first)

@@ -256,6 +256,11 @@ REFUSED = [
             "ooooooooooo0",
         )
     ],
+    (
+        "masks-as-fractions",
+        all_with("annotations", "segmentation", [[[0.1, 0.2, 0.5, 0.2, 0.5, 0.6]]] * 3 + [[square()]]),
+        "3 of 4 masks look like fractions",
+    ),
     *[
         ("iscrowd", with_("annotations", iscrowd=value), PLACE + "iscrowd is")
         for value in (2, -1, "yes", "", 0.5, [], NAN)
@@ -431,6 +436,20 @@ def test_all_errors_come_in_one_report_of_at_most_20_lines(tmp_path):
     # The rare ones are shown, too, in the order of the file.
     assert "images[2] (id 3" in lines[1]
     assert "annotations[70] (id 70, image_id 1): iscrowd is 7" in lines[-2]
+
+
+def test_classes_alone_are_refused_with_all_else_that_is_wrong(tmp_path, caplog):
+    path = tmp_path / "some.json"
+    path.write_text(json.dumps(with_("categories", name=7)))
+    assert read_categories(str(path)) == ([1, 2], ["cat", "7"])
+    assert not caplog.records
+    path.write_text(json.dumps(boxed(1, 2)))
+    assert read_categories(str(path))[1] == ["cat", "dog"]
+    changed = boxed(1, 2)
+    changed["categories"][0]["id"] = 2
+    path.write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match=r"(?s)4 errors.*categories\[1\].*annotations\[1\].*bbox is.*annotations\[3\]"):
+        read_categories(str(path))
 
 
 def test_a_test_set_has_no_annotations_and_other_keys_are_ignored(tmp_path, caplog):
