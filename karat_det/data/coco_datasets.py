@@ -3,6 +3,7 @@
 It takes the place of Detectron2's loader of COCO's JSON, for datasets of one's own and for Detectron2's names.
 """
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
 from .formats.coco import CocoContent, Id, read_coco
+
+logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
@@ -91,6 +94,7 @@ def content_of(name: str) -> CocoContent:
 def _read(name: str) -> CocoContent:
     content = read_coco(PathManager.get_local_path(MetadataCatalog.get(name).json_file), source_of(name))
     _set_classes(name, content.category_ids, content.class_names)
+    logger.info("Loaded %d images in COCO format from %s", len(content.images), source_of(name))
     return content
 
 

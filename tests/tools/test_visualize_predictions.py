@@ -35,7 +35,7 @@ def own_data(name: str, folder: Path | str, images: str = "one") -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with weights, two folders of images, and a COCO JSON of one of them with ids that are not contiguous."""
+    """A folder with weights, two folders of images, a COCO JSON of one of them: text ids, classes of equal names."""
     folder = tmp_path_factory.mktemp("visualize")
     torch.manual_seed(0)
     torch.save(build_model(load_cfg(CONFIG, SMALL_MODEL)).state_dict(), folder / "weights.pth")
@@ -47,11 +47,11 @@ def folder(tmp_path_factory):
             pixels = rng.integers(0, 255, (height, width, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{i}.png")
             if name == "one":
-                images.append({"id": 500 + i, "file_name": f"{i}.png", "height": height, "width": width})
+                images.append({"id": f"camera/{500 + i}", "file_name": f"{i}.png", "height": height, "width": width})
     (folder / "one" / "notes.txt").write_text("no image")
-    annotation = {"id": 1, "image_id": 500, "category_id": 11, "bbox": [20, 30, 40, 30], "area": 1200, "iscrowd": 0}
+    annotation = {"id": 0, "image_id": "camera/500", "category_id": 11, "bbox": [20, 30, 40, 30], "iscrowd": None}
     annotation["segmentation"] = [[20, 30, 60, 30, 60, 60, 20, 60]]
-    categories = [{"id": 4, "name": "cat"}, {"id": 11, "name": "dog"}]
+    categories = [{"id": 4, "name": "cat"}, {"id": 11, "name": "cat"}]
     (folder / "pets.json").write_text(
         json.dumps({"images": images, "annotations": [annotation], "categories": categories})
     )
@@ -75,7 +75,7 @@ def test_dataset_is_drawn_beside_its_ground_truth(folder, tmp_path):
     with Image.open(tmp_path / "0.jpg") as picture:
         assert picture.size == (2 * 448 + 8, 448 + 28)
     results = json.loads((tmp_path / "coco_instances_results.json").read_text())
-    assert {result["image_id"] for result in results} == {500, 501}
+    assert {result["image_id"] for result in results} == {"camera/500", "camera/501"}
     assert {result["category_id"] for result in results} <= {4, 11}
     assert {tuple(result["segmentation"]["size"]) for result in results} == {(112, 112), (90, 150)}
 
