@@ -96,7 +96,9 @@ def check_attention(device: str, case: AttentionCase) -> list[Row]:
     name = f"errors: {case}"
     measured = f"plain PyTorch {plain:.1e} ({worst})"
     result = PASS if plain <= tolerance else FAIL
-    reason = "masks have none" if mask is not None else why_no_kernels(learned["query"])
+    width = case.head_dim + (sum(case.grid) if case.scores == REL_POS else 0)
+    no_kernels = why_no_kernels(learned["query"], width, case.grid_size, case.rank)
+    reason = "masks have none" if mask is not None else no_kernels
     if reason and mask is None and result == PASS:
         result = SKIPPED
     if reason:
@@ -108,18 +110,21 @@ def check_attention(device: str, case: AttentionCase) -> list[Row]:
     return [Row(name, measured, f"≤ {tolerance:.0e}", result)]
 
 
-def why_no_kernels(query: Tensor) -> str:
-    """Why an operator does not use the Triton kernels for such a query; "" where it does."""
+def why_no_kernels(query: Tensor, width: int, grid_size: int, rank: int) -> str:
+    """Why an operator does not use the Triton kernels for such a query and sizes; "" where it does."""
     kernels = attention_operator.kernels
     if kernels is None:
         return "Triton is not installed"
-    if kernels.can_run(query):
+    if kernels.can_run(query, width, grid_size, rank):
         return ""
     if not query.is_cuda:
         return f"this is a {query.device.type} device"
     if torch.version.cuda is None:
         return "this PyTorch is not built for CUDA"
-    return "compute capability {}.{}, and they need 8.0".format(*torch.cuda.get_device_capability(query.device))
+    capability = torch.cuda.get_device_capability(query.device)
+    if capability < (8, 0):
+        return "compute capability {}.{}, and they need 8.0".format(*capability)
+    return f"they are not made for {width} channels, G = {grid_size}, r = {rank} in {name_of(query.dtype)}"
 
 
 def attend(
@@ -186,7 +191,8 @@ def check_times(device: str, shape: AttentionShape, dtype: torch.dtype, turns: T
     passes = {name: forward_and_backward(AttentionCore(name, shape).to(device), inputs) for name in (SDPA, *names)}
     seconds = turns.median_seconds(passes)
     peaks = {name: max(1, peak_memory(run, device)) for name, run in passes.items()}
-    reason = why_no_kernels(inputs[0])
+    width = shape.head_dim + (sum(shape.grid) if shape.rel_pos else 0)
+    reason = why_no_kernels(inputs[0], width, 3, shape.rank)
     rows = []
     for name in names:
         measured = [

@@ -41,6 +41,12 @@ _ROUND = tl.constexpr(12582912.0)
 # Programs to keep a GPU busy: an A100 has 108 multiprocessors, an H100 132, and each runs several at once.
 _ENOUGH_PROGRAMS = 512
 
+# Up to these sizes the kernels fit the shared memory of every GPU of compute capability 8.0 and more: 99 KiB on those
+# of 8.6, 8.9 and 12.0. d, with a channel for each row and column of the grid where there are relative positions, and G
+# times r, as a power of two.
+_MAX_WIDTH = 256
+_MAX_FUNCTIONS = 128
+
 
 def fourier_score_sums(
     query: Tensor, key: Tensor, coefficients: Tensor, scale: float, bias: Tensor | None = None
@@ -81,20 +87,33 @@ def fourier_score_sums(
     width, rank = query.shape[-1], shape[-1]
     if width % 16:
         query, key = pad(query, (0, -width % 16)), pad(key, (0, -width % 16))
-    padded_rank = max(16, triton.next_power_of_2(rank))
+    padded_rank = _padded_rank(rank)
     if padded_rank > rank:
         coefficients = pad(coefficients, (0, padded_rank - rank))
     return _score_sums(query, key, coefficients, scale, bias)[..., :rank]
 
 
-def can_run(query: Tensor) -> bool:
-    """Whether the kernels are made for a tensor's type and device: NVIDIA's GPUs of compute capability 8.0 or more."""
+def can_run(query: Tensor, width: int, grid_size: int, rank: int) -> bool:
+    """Whether the kernels are made for these sizes and a tensor's type and device.
+
+    Args:
+        query: its type and device count. The device must be an NVIDIA GPU of compute capability 8.0 or more.
+        width: d of query and key, with what relative positions add to it.
+        grid_size, rank: G and r of the coefficients.
+    """
     return (
         query.is_cuda
         and torch.version.cuda is not None
         and query.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and width <= _MAX_WIDTH
+        and grid_size * _padded_rank(rank) <= _MAX_FUNCTIONS
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )
+
+
+def _padded_rank(rank: int) -> int:
+    """The ranks that the kernels work with: 16, the smallest side of a product, and powers of two above it."""
+    return max(16, triton.next_power_of_2(rank))
 
 
 @triton.jit

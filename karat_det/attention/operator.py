@@ -299,7 +299,7 @@ class KArAtOperator(nn.Module):
                 return (self.activate(_scores(query, key, bias, scale), mask) @ exact).to(value.dtype)
             if bias.full is not None:
                 bias = bias._replace(full=bias.full[(None,) * (query.ndim - bias.full.ndim)])
-            if bias.vertical is not None and self._has_kernel(query):
+            if bias.vertical is not None and self._has_kernel(query, query.shape[-1] + sum(sides)):
                 query, key, bias, scale = _append_grid_terms(query, key, bias, scale)
             ours = slice(self.num_karat_heads)
             our_inputs = (x[..., ours, :, :] for x in (query, key, value))
@@ -361,7 +361,8 @@ class KArAtOperator(nn.Module):
             return self._series(scores, self.coefficients), softmax
 
         softmax = None
-        if self._has_kernel(query):
+        # To a kernel the terms of a grid are channels. Where those would be too many, the terms are still there.
+        if bias.vertical is None and self._has_kernel(query, query.shape[-1]):
             sums = kernels.fourier_score_sums(query, key, self.coefficients * self.series_scale, scale, bias.full)
         else:
             exact_query, exact_key = at_least_float32(query), at_least_float32(key)
@@ -375,8 +376,14 @@ class KArAtOperator(nn.Module):
             sums = sums + self._by_rows(base_sums, query, key, bias, scale)
         return sums, softmax
 
-    def _has_kernel(self, query: Tensor) -> bool:
-        return self.config.basis == "fourier" and self.config.triton and kernels is not None and kernels.can_run(query)
+    def _has_kernel(self, query: Tensor, width: int) -> bool:
+        """Whether a kernel sums the functions over scores of such a query, with so many channels."""
+        config = self.config
+        if kernels is None or not config.triton or config.basis != "fourier":
+            return False
+        if config.rank is None or config.order == "project_before":
+            return False
+        return kernels.can_run(query, width, config.grid_size, config.rank)
 
     def _series(self, scores: Tensor, coefficients: Tensor) -> Tensor:
         return self._sums(scores, None, coefficients, self.series_scale)

@@ -15,6 +15,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from karat_det.attention import kernels  # noqa: E402
 
+# What a kernel may have of it on GPUs of compute capability 8.6, 8.9 and 12.0.
+SMALLEST_SHARED_MEMORY = 99 * 1024
 LAUNCHED = ("_forward_kernel", "_query_gradient_kernel", "_key_gradient_kernel")
 
 
@@ -190,6 +192,23 @@ class CompileOnly:
         return lambda *args, **options: self.compiled.append(self.kernel.warmup(*args, grid=programs, **options))
 
 
+def compile_kernels(monkeypatch, capability, inputs, scale):
+    """The kernels of a forward and backward pass, compiled for GPUs of a compute capability, as 86 for 8.6."""
+    target = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", capability, 32),
+        get_current_device=lambda: capability,
+        get_current_stream=lambda device: 0,
+    )
+    monkeypatch.setattr(triton.runtime.driver, "_active", target)
+    compiled = []
+    for name in LAUNCHED:
+        monkeypatch.setattr(kernels, name, CompileOnly(getattr(kernels, name), compiled))
+    query, key, coefficients, bias = inputs
+    kernels.fourier_score_sums(query, key, coefficients, scale, bias).sum().backward()
+    assert [kernel.metadata.name for kernel in compiled] == list(LAUNCHED)
+    return compiled
+
+
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
     "num_tokens, width, grid_size, dtype, has_bias",
@@ -206,20 +225,10 @@ class CompileOnly:
 )
 def test_kernels_compile_for_gpus(monkeypatch, tmp_path, capability, num_tokens, width, grid_size, dtype, has_bias):
     """As launched at the sizes of ViT-Base and of Swin, with the compiler and assembler that Triton ships."""
-    target = SimpleNamespace(
-        get_current_target=lambda: GPUTarget("cuda", capability, 32),
-        get_current_device=lambda: capability,
-        get_current_stream=lambda device: 0,
-    )
-    monkeypatch.setattr(triton.runtime.driver, "_active", target)
-    compiled = []
-    for name in LAUNCHED:
-        monkeypatch.setattr(kernels, name, CompileOnly(getattr(kernels, name), compiled))
     bias_shape = (12, num_tokens, num_tokens) if has_bias else None
-    query, key, coefficients, bias = make_inputs((8,), 12, num_tokens, width, grid_size, 12, bias_shape, dtype)
-    kernels.fourier_score_sums(query, key, coefficients, width**-0.5, bias).sum().backward()
+    inputs = make_inputs((8,), 12, num_tokens, width, grid_size, 12, bias_shape, dtype)
+    compiled = compile_kernels(monkeypatch, capability, inputs, width**-0.5)
 
-    assert [kernel.metadata.name for kernel in compiled] == list(LAUNCHED)
     for kernel in compiled:
         code = kernel.asm["cubin"]
         path = tmp_path / "kernel.cubin"
@@ -237,5 +246,40 @@ def test_kernels_compile_for_gpus(monkeypatch, tmp_path, capability, num_tokens,
         # More than 128 channels are as many as 256 for the products, which drives out some too.
         may_spill = kernel.metadata.name == "_key_gradient_kernel" and grid_size > 1 and width > 64
         assert spilled <= (400 if width > 128 else 200 if may_spill else 0)
-        assert kernel.metadata.shared <= 100 * 1024
+        assert kernel.metadata.shared <= SMALLEST_SHARED_MEMORY
         assert len(code) < 200 * 1024
+
+
+def test_the_largest_sizes_that_can_run_fit_the_smallest_shared_memory(monkeypatch):
+    # Of all with d = 256 and G · r = 128 these take most.
+    inputs = make_inputs((2,), 2, 160, 256, 1, 128, (2, 160, 160))
+    compiled = compile_kernels(monkeypatch, 86, inputs, scale=0.1)
+    assert max(kernel.metadata.shared for kernel in compiled) <= SMALLEST_SHARED_MEMORY
+
+
+@pytest.mark.parametrize(
+    "changed, runs",
+    [
+        ({}, True),
+        ({"width": 256}, True),
+        ({"width": 257}, False),
+        ({"rank": 128}, True),
+        ({"rank": 129}, False),
+        ({"rank": 33, "grid_size": 2}, True),
+        ({"rank": 33, "grid_size": 3}, False),
+        ({"grid_size": 8}, True),
+        ({"grid_size": 9}, False),
+        ({"dtype": torch.bfloat16}, True),
+        ({"dtype": torch.float64}, False),
+        ({"is_cuda": False}, False),
+        ({"capability": (8, 0)}, True),
+        ({"capability": (7, 5)}, False),
+    ],
+)
+def test_the_kernels_run_for_sizes_and_gpus_that_they_are_made_for(monkeypatch, changed, runs):
+    given = {"width": 64, "grid_size": 1, "rank": 12, "dtype": torch.float32, "is_cuda": True, "capability": (8, 6)}
+    given |= changed
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: given["capability"])
+    query = SimpleNamespace(is_cuda=given["is_cuda"], dtype=given["dtype"], device="cuda:0")
+    assert kernels.can_run(query, given["width"], given["grid_size"], given["rank"]) == runs

@@ -595,7 +595,7 @@ def test_the_kernel_takes_over_where_it_can_run_unless_it_is_switched_off(monkey
         return functional.fourier_sums(*arguments)
 
     monkeypatch.setattr(
-        operator_module, "kernels", SimpleNamespace(can_run=lambda query: can_run, fourier_score_sums=kernel)
+        operator_module, "kernels", SimpleNamespace(can_run=lambda *sizes: can_run, fourier_score_sums=kernel)
     )
     torch.manual_seed(7)
     operator = KArAtOperator(2, 6, KArAtConfig(rank=2, triton=triton))
@@ -616,3 +616,39 @@ def test_the_kernel_takes_over_where_it_can_run_unless_it_is_switched_off(monkey
         assert query.shape == key.shape == (3, 2, 6, 4 + 2 + 3)
         assert query.dtype == key.dtype == torch.float32
         assert isinstance(full_bias, torch.Tensor)
+
+
+@pytest.mark.parametrize(
+    "fields, most, calls",
+    [
+        ({}, 6 + 3 + 4, [13]),
+        ({}, 6 + 3 + 4 - 1, []),  # too many channels with those of the grid
+        ({"grid_size": 5}, 100, []),
+        ({"rank": 7}, 100, []),
+        ({"rank": None}, 100, []),
+        ({"order": "project_before"}, 100, []),
+        ({"residual": "softmax"}, 13, [13]),
+        ({"residual": "softmax"}, 12, []),
+    ],
+)
+def test_sizes_that_no_kernel_is_made_for_are_plain_pytorchs(monkeypatch, fields, most, calls):
+    called = []
+
+    def kernel(*arguments):
+        called.append(arguments[0].shape[-1])
+        return functional.fourier_sums(*arguments)
+
+    def can_run(query, width, grid_size, rank):
+        return width <= most and grid_size <= 4 and rank <= 6
+
+    monkeypatch.setattr(operator_module, "kernels", SimpleNamespace(can_run=can_run, fourier_score_sums=kernel))
+    torch.manual_seed(7)
+    operator = KArAtOperator(2, 12, KArAtConfig(**{"rank": 2, **fields}))
+    if operator.projector is not None:
+        torch.nn.init.normal_(operator.projector)
+    query, key, value = (torch.randn(3, 2, 12, 6) for _ in range(3))
+    bias = Bias(torch.randn(12, 12), torch.randn(3, 2, 12, 3), torch.randn(3, 2, 12, 4))
+    attended = operator.attend(query, key, value, bias)
+    assert called == calls
+    scores = bias.add_to(query @ key.mT * 6**-0.5)
+    torch.testing.assert_close(attended, operator.activate(scores) @ value)
