@@ -8,11 +8,16 @@ import sys
 import karat_det  # noqa: F401  before Detectron2, whose imports warn of their own old calls
 
 # isort: split
-from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.modeling import build_model
 from detectron2.utils.logger import setup_logger
 
-from karat_det.analysis.predictions import dataset_classes, image_records, picture_paths, predict
+from karat_det.analysis.predictions import (
+    FailedImagesError,
+    dataset_classes,
+    image_records,
+    picture_paths,
+    predict,
+)
 from karat_det.checkpoint.loading import check_weights_file, load_weights
 from karat_det.data.mapper import build_mapper
 from karat_det.data.registration import load_checked_test_dicts, num_classes
@@ -73,7 +78,7 @@ def main(args: argparse.Namespace) -> None:
             threshold=args.threshold,
             top_k=args.top_k,
         )
-    except (OSError, SizeMismatchError) as error:
+    except (OSError, FailedImagesError) as error:
         sys.exit(f"error: {error}")
     print(f"{len(records)} pictures and coco_instances_results.json are in {args.output}")
 

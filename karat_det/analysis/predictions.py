@@ -6,8 +6,10 @@ neighbouring colours. Small images are enlarged first.
 """
 
 import colorsys
+import errno
 import json
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -27,15 +29,27 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from tqdm import tqdm
 
+from ..data.image_check import read_headers
 from ..data.images import read_image
+from .lettering import Lettering, lettering
 
 logger = logging.getLogger(__name__)
 
 # Shorter side in pixels to which smaller images are enlarged, unless the longer one would then exceed its limit.
 MIN_SHORT_SIDE = 448
 MAX_LONG_SIDE = 2048
+# Side and area in pixels to which larger images are reduced: a JPEG has at most 65,535 pixels a side, and two pictures
+# stand side by side; drawing takes some 30 bytes a pixel.
+MAX_SIDE = 32_000
+MAX_AREA = 1 << 25
 _TITLE_SIZE = 20
 _GAP = 8
+# What no other image would fare better with.
+_NO_MORE_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+
+
+class FailedImagesError(RuntimeError):
+    """Some images could not be predicted or drawn; all others were."""
 
 
 @dataclass(frozen=True)
@@ -85,35 +99,40 @@ def dataset_classes(dataset_names: Sequence[str], num_classes: int) -> Classes:
 def image_records(paths: Sequence[str]) -> list[dict[str, Any]]:
     """Finds the images among files and folders, in the format of a dataset; their ids count from 1.
 
-    The files of a folder that are no images are left out, with a line in the log; its subfolders are not searched.
+    The files of a folder that are no images are left out, with a line in the log; its subfolders are not searched. What
+    is an image by its name, or is named here beside others, stays: `predict` says why it cannot be read.
 
     Args:
         paths: images and folders of images.
 
     Raises:
-        OSError: a path does not exist, or a file named here is no image that can be read.
+        OSError: a path does not exist, or no file named here is an image.
         ValueError: a folder holds no image.
     """
     files: dict[str, None] = {}
+    errors: list[OSError] = []
     for path in paths:
-        if not os.path.exists(path):
+        if not os.path.lexists(path):
             raise FileNotFoundError(f"There is no image or folder {path} (--input). Name one that is there.")
         if not os.path.isdir(path):
-            read_image(path, "RGB")
+            errors += [error for error in read_headers([path]) if isinstance(error, OSError)]
             files[os.path.realpath(path)] = None
             continue
-        entries = sorted(entry.path for entry in os.scandir(path) if entry.is_file())
+        entries = sorted(entry.path for entry in os.scandir(path) if not os.path.isdir(entry.path))
         skipped = []
-        for entry in entries:
-            try:
-                read_image(entry, "RGB")
-                files[os.path.realpath(entry)] = None
-            except OSError:
+        for entry, header in zip(entries, read_headers(entries), strict=True):
+            # One that is an image by its name is not passed over.
+            named_so = os.path.isfile(entry) and os.path.splitext(entry)[1].lower() in Image.registered_extensions()
+            if isinstance(header, OSError) and not named_so:
                 skipped.append(os.path.basename(entry))
+            else:
+                files[os.path.realpath(entry)] = None
         if len(skipped) == len(entries):
             raise ValueError(f"The folder {path!r} holds no image among its {len(entries)} files.")
         if skipped:
             logger.warning("Skipped %d files of %s that are no images: %s", len(skipped), path, ", ".join(skipped))
+    if errors and len(errors) == len(files):
+        raise errors[0]
     return [{"image_id": i, "file_name": file} for i, file in enumerate(files, start=1)]
 
 
@@ -154,7 +173,8 @@ def predict(
     """Predicts and draws images one at a time, with a progress bar.
 
     It writes a picture for each image as `picture_paths` says, and `coco_instances_results.json` with every prediction
-    of the model. Without ground truth it also writes `images.json`, the ids, names and sizes of the images.
+    of the model. Without ground truth it also writes `images.json`, the ids, names and sizes of the images. An image
+    that fails, in whatever way, is named in the log and costs no other one.
 
     Args:
         model: a Mask R-CNN or Faster R-CNN of Detectron2.
@@ -170,29 +190,46 @@ def predict(
         All predictions as COCO results, with the dataset's category ids.
 
     Raises:
-        OSError: an image cannot be read, or a file cannot be written.
-        SizeMismatchError: an image does not have the size that its record says.
+        FailedImagesError: in the end, if some images failed.
+        OSError: the disk is full or takes no files.
     """
-    results, images = [], []
+    results: list[dict[str, Any]] = []
+    images: list[dict[str, Any]] = []
+    failed = []
     with inference_context(model), torch.no_grad():
         # Drawing takes longer than reading, so loader processes would gain nothing.
         for record, path in zip(tqdm(records, unit="image"), picture_paths(records, output_dir), strict=True):
-            image = read_image(record["file_name"], "RGB")
-            height, width = image.shape[:2]
-            sized = {"height": height, "width": width, **record}
-            instances = model([mapper(sized)])[0]["instances"].to("cpu")
-            for result in instances_to_coco_json(instances, record["image_id"]):
-                results.append({**result, "category_id": classes.category_ids[result["category_id"]]})
-            images.append({**{key: sized[key] for key in ("file_name", "height", "width")}, "id": record["image_id"]})
+            try:
+                image = read_image(record["file_name"], "RGB")
+                height, width = image.shape[:2]
+                sized = {"height": height, "width": width, **record}
+                instances = model([mapper(sized)])[0]["instances"].to("cpu")
+                for result in instances_to_coco_json(instances, record["image_id"]):
+                    results.append({**result, "category_id": classes.category_ids[result["category_id"]]})
+                listed = {key: sized[key] for key in ("file_name", "height", "width")}
+                images.append({**listed, "id": record["image_id"]})
 
-            panels = {"prediction": draw_predictions(image, instances, classes.names, threshold, top_k)}
-            if ground_truth:
-                annotations = record.get("annotations", [])
-                panels = {"ground truth": draw_ground_truth(image, annotations, classes.names), **panels}
-            side_by_side(panels).save(path, quality=95)
+                panels = {}
+                if ground_truth:
+                    panels["ground truth"] = draw_ground_truth(image, record.get("annotations", []), classes.names)
+                panels["prediction"] = draw_predictions(image, instances, classes.names, threshold, top_k)
+                side_by_side(panels).save(path, quality=95)
+            except Exception as error:  # whatever one image brings about is to cost no other one
+                if isinstance(error, OSError) and error.errno in _NO_MORE_WRITING:
+                    raise
+                failed.append(record["file_name"])
+                logger.error("No picture of %s: %s: %s", record["file_name"], type(error).__name__, error)
+                # Of an earlier run, or written in part.
+                path.unlink(missing_ok=True)
     _write_json(Path(output_dir, "coco_instances_results.json"), results)
     if not ground_truth:
         _write_json(Path(output_dir, "images.json"), images)
+    if failed:
+        raise FailedImagesError(
+            f"{len(failed)} of the {len(records)} images failed: {', '.join(failed[:5])}"
+            f"{', …' if len(failed) > 5 else ''}. The log says why. The pictures and results of the others are in "
+            f"{output_dir}."
+        )
     return results
 
 
@@ -218,12 +255,14 @@ def draw_predictions(
     instances = instances[instances.scores.argsort(descending=True)[:top_k]]
     classes = instances.pred_classes.tolist()
     scores = instances.scores.tolist()
+    letters = lettering(class_names)
     return _draw(
         image,
         instances.pred_boxes.tensor.numpy(),
         instances.pred_masks.numpy() if instances.has("pred_masks") else None,
         classes,
-        [f"{class_names[i]} {100 * score:.0f}%" for i, score in zip(classes, scores, strict=True)],
+        [f"{letters.names[i]} {100 * score:.0f}%" for i, score in zip(classes, scores, strict=True)],
+        letters,
     )
 
 
@@ -236,22 +275,24 @@ def draw_ground_truth(
     if all("segmentation" in ann for ann in annotations):
         masks = [GenericMask(ann["segmentation"], *image.shape[:2]).mask for ann in annotations]
     classes = [ann["category_id"] for ann in annotations]
-    labels = [class_names[ann["category_id"]] + (" (crowd)" if ann.get("iscrowd") else "") for ann in annotations]
-    return _draw(image, np.array(boxes, dtype=np.float64).reshape(-1, 4), masks, classes, labels)
+    letters = lettering(class_names)
+    labels = [letters.names[ann["category_id"]] + (" (crowd)" if ann.get("iscrowd") else "") for ann in annotations]
+    return _draw(image, np.array(boxes, dtype=np.float64).reshape(-1, 4), masks, classes, labels, letters)
 
 
 def side_by_side(panels: dict[str, np.ndarray]) -> Image.Image:
     """Puts RGB pictures of shape (H, W, 3) next to each other, each below its title."""
     font = ImageFont.load_default(_TITLE_SIZE)
     top = _TITLE_SIZE + _GAP
-    width = sum(panel.shape[1] for panel in panels.values()) + _GAP * (len(panels) - 1)
+    columns = [max(panel.shape[1], math.ceil(font.getlength(title))) for title, panel in panels.items()]
+    width = sum(columns) + _GAP * (len(panels) - 1)
     height = top + max(panel.shape[0] for panel in panels.values())
     sheet = Image.new("RGB", (width, height), "white")
     left = 0
-    for title, panel in panels.items():
-        sheet.paste(Image.fromarray(panel), (left, top))
-        ImageDraw.Draw(sheet).text((left + panel.shape[1] / 2, top / 2), title, fill="black", font=font, anchor="mm")
-        left += panel.shape[1] + _GAP
+    for (title, panel), column in zip(panels.items(), columns, strict=True):
+        sheet.paste(Image.fromarray(panel), (left + (column - panel.shape[1]) // 2, top))
+        ImageDraw.Draw(sheet).text((left + column / 2, top / 2), title, fill="black", font=font, anchor="mm")
+        left += column + _GAP
     return sheet
 
 
@@ -261,11 +302,13 @@ def _draw(
     masks: Sequence[np.ndarray] | None,
     classes: Sequence[int],
     labels: Sequence[str],
+    letters: Lettering,
 ) -> np.ndarray:
-    """Draws instances: boxes (n, 4) in XYXY, masks (n, H, W) or None, n class numbers, n labels."""
+    """Draws instances: boxes (n, 4) in XYXY, masks (n, H, W) or None, n class numbers, n labels in these letters."""
     height, width = image.shape[:2]
     factor = max(1.0, min(MIN_SHORT_SIDE / min(height, width), MAX_LONG_SIDE / max(height, width)))
-    size = round(width * factor), round(height * factor)
+    factor = min(factor, MAX_SIDE / max(height, width), math.sqrt(MAX_AREA / (height * width)))
+    size = max(1, round(width * factor)), max(1, round(height * factor))
     picture = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
     visualizer = Visualizer(picture, Metadata(), font_size_scale=1.2)
     colors = _colors(classes, boxes)
@@ -276,6 +319,7 @@ def _draw(
             # draw_binary_mask, unlike overlay_instances, leaves the holes of a mask open.
             visualizer.draw_binary_mask(np.asarray(pixels.resize(size, Image.Resampling.BILINEAR)) > 127, colors[i])
     visualizer.overlay_instances(boxes=boxes * factor, labels=labels, assigned_colors=colors)
+    letters.apply(visualizer.output.ax.texts)
     _pull_labels_inside(visualizer)
     return visualizer.output.get_image()
 

@@ -1,6 +1,9 @@
 """karat_det.analysis.predictions: what is drawn, under which name, and what the errors say."""
 
+import errno
 import json
+import math
+import os
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -12,8 +15,10 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 from torch import nn
 
+from karat_det.analysis import predictions
 from karat_det.analysis.predictions import (
     Classes,
+    FailedImagesError,
     dataset_classes,
     draw_ground_truth,
     draw_predictions,
@@ -146,6 +151,24 @@ def test_unusable_inputs_are_errors_that_name_them(folders):
         image_records([str(folders / "empty")])
 
 
+def test_what_is_no_file_in_a_folder_is_skipped_and_what_is_damaged_stays(folders, caplog):
+    folder = folders / "a"
+    os.mkfifo(folder / "fifo.png")
+    (folder / "loop.png").symlink_to("loop.png")
+    (folder / "damaged.png").write_bytes((folder / "scene.png").read_bytes()[:40])
+    records = image_records([str(folder)])
+    assert [os.path.basename(record["file_name"]) for record in records] == ["damaged.png", "scene.png"]
+    assert "Skipped 3 files" in caplog.text and "fifo.png, loop.png, notes.txt" in caplog.text
+
+
+def test_one_of_several_files_that_is_no_image_stays(folders):
+    paths = [str(folders / "a" / name) for name in ("notes.txt", "scene.png")]
+    assert [record["file_name"] for record in image_records(paths)] == paths
+    os.mkfifo(folders / "fifo.png")
+    with pytest.raises(OSError, match=r"fifo\.png.*a FIFO, not a file"):
+        image_records([str(folders / "fifo.png")])
+
+
 def test_pictures_of_equal_names_do_not_collide(folders):
     records = image_records([str(folders / "a"), str(folders / "b")])
     assert [path.name for path in picture_paths(records, "out")] == ["scene-1.jpg", "scene-2.jpg"]
@@ -179,6 +202,94 @@ def test_json_holds_all_predictions_with_category_ids_and_drawings_only_the_best
     assert sorted(path.name for path in output.glob("*.jpg")) == ["scene-1.jpg", "scene-2.jpg"]
     assert model.sizes == [(40, 60)] * 2
     assert model.training
+
+
+def fail_drawing(monkeypatch):
+    draw = predictions.draw_predictions
+
+    def draw_but_one(image, *arguments):
+        if image[0, 0, 0] == 7:
+            raise MemoryError("no room")
+        return draw(image, *arguments)
+
+    monkeypatch.setattr(predictions, "draw_predictions", draw_but_one)
+
+
+def test_an_image_that_fails_is_named_and_costs_no_other(tmp_path, caplog, monkeypatch):
+    fail_drawing(monkeypatch)
+    paths = [tmp_path / f"{i}.png" for i in range(5)]
+    for i, path in enumerate(paths):
+        Image.fromarray(gray(40, 60) if i != 1 else np.full((40, 60, 3), 7, np.uint8)).save(path)
+    paths[2].write_bytes(paths[2].read_bytes()[:-20])
+    records = [{"image_id": i, "file_name": str(path)} for i, path in enumerate(paths)]
+
+    class FailsOnTheFourth(FoundEverywhere):
+        def forward(self, batched_inputs):
+            if batched_inputs[0]["image_id"] == 3:
+                raise RuntimeError("no memory on the device")
+            return super().forward(batched_inputs)
+
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "2.jpg").write_text("of an earlier run")
+    message = r"3 of the 5 images failed: .*1\.png, .*2\.png, .*3\.png\. The log says why"
+    with pytest.raises(FailedImagesError, match=message):
+        predict(FailsOnTheFourth(), dict, Classes(NAMES, [3, 7]), records, str(output), ground_truth=False)
+    for name, reason in (("1.png", "MemoryError: no room"), ("2.png", "cut short"), ("3.png", "on the device")):
+        assert any(name in record.message and reason in record.message for record in caplog.records)
+    assert sorted(path.name for path in output.glob("*.jpg")) == ["0.jpg", "4.jpg"]
+    results = json.loads((output / "coco_instances_results.json").read_text())
+    # What was found on the second is known, though it could not be drawn.
+    assert {result["image_id"] for result in results} == {0, 1, 4}
+    assert [image["id"] for image in json.loads((output / "images.json").read_text())] == [0, 1, 4]
+
+
+def test_a_full_disk_ends_the_command(folders, tmp_path, monkeypatch):
+    def save(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    records = image_records([str(folders / "a"), str(folders / "b")])
+    monkeypatch.setattr(Image.Image, "save", save)
+    with pytest.raises(OSError, match="No space left"):
+        predict(FoundEverywhere(), dict, Classes(NAMES, [0, 1]), records, str(tmp_path), ground_truth=False)
+
+
+@pytest.mark.parametrize("size", [(10, 65_600), (65_600, 10), (1, 40_000), (1, 1), (700, 500)])
+@pytest.mark.parametrize("ground_truth", [False, True])
+def test_images_of_any_size_are_drawn_and_saved(tmp_path, monkeypatch, size, ground_truth):
+    monkeypatch.setattr(predictions, "MAX_AREA", 320_000)
+    height, width = size
+    Image.fromarray(gray(height, width)).save(tmp_path / "long.png")
+    box = [width // 4, height // 4, max(1, width // 2), max(1, height // 2)]
+    annotation = {"bbox": box, "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0}
+    records = [{"image_id": 1, "file_name": str(tmp_path / "long.png"), "annotations": [annotation]}]
+
+    class FindsOne(nn.Module):
+        def forward(self, batched_inputs):
+            found = instances_of([0.9], size)
+            found.pred_boxes = Boxes(torch.tensor([[box[0], box[1], box[0] + box[2], box[1] + box[3]]]).float())
+            found.pred_masks = torch.zeros(1, *size, dtype=torch.bool)
+            found.pred_masks[0, box[1] : box[1] + box[3], box[0] : box[0] + box[2]] = True
+            return [{"instances": found}]
+
+    predict(FindsOne(), dict, Classes(NAMES, [0, 1]), records, str(tmp_path), ground_truth=ground_truth)
+    with Image.open(tmp_path / "long.jpg") as picture:
+        assert max(picture.size) <= 65_535
+        if size == (700, 500):
+            assert picture.height == round(700 * math.sqrt(320_000 / 350_000)) + 28
+        assert (np.asarray(picture).reshape(-1, 3).std(axis=1) > 20).any()
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_are_drawn_as_they_are_written(caplog):
+    found = instances_of([0.9])
+    plain, dollars, arabic = (
+        draw_predictions(gray(40, 60), found, ["x", name]) for name in ("a and b", "$a$ and $b$", "قطة")
+    )
+    assert plain.shape == dollars.shape and (plain != dollars).any() and (plain != arabic).any()
+    annotations = [{"bbox": [5, 6, 7, 8], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0}]
+    draw_ground_truth(gray(40, 60), annotations, ["$\\frac$ 猫 \ud800"])
+    assert len(caplog.records) == 1 and "猫" in caplog.text
 
 
 def test_ground_truth_doubles_the_width_and_needs_no_images_json(folders, tmp_path):

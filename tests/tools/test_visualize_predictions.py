@@ -102,6 +102,29 @@ def test_folders_with_equal_names_without_class_names(folder, tmp_path):
     assert {result["image_id"] for result in results} == {1, 2, 3}
 
 
+def test_what_fails_for_one_image_costs_only_that_image(folder, tmp_path):
+    inputs = tmp_path / "inputs"
+    inputs.mkdir()
+    Image.new("L", (65_600, 10), 90).save(inputs / "long.png")
+    Image.fromarray(np.full((40, 50), 40_000, np.uint16)).save(inputs / "deep.png")
+    Image.new("RGB", (400, 300), "red").save(inputs / "short.jpg")
+    (inputs / "short.jpg").write_bytes((inputs / "short.jpg").read_bytes()[:-100])
+    os.mkfifo(inputs / "fifo.png")
+    (inputs / "loop.png").symlink_to("loop.png")
+    output = tmp_path / "out"
+    overrides = [*SMALL_MODEL, "DATASETS.TEST", "()"]
+    done = visualize(folder, "--input", str(inputs), "--output", str(output), "--threshold", "0", overrides=overrides)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: 1 of the 3 images failed: ")
+    assert "short.jpg: OSError: Cannot read the image" in done.stdout
+    assert "0 to 65535 become 0 to 255" in done.stdout
+    assert "Skipped 2 files" in done.stdout
+    assert sorted(path.name for path in output.glob("*.jpg")) == ["deep.jpg", "long.jpg"]
+    results = json.loads((output / "coco_instances_results.json").read_text())
+    assert {tuple(result["segmentation"]["size"]) for result in results} == {(40, 50), (10, 65_600)}
+
+
 # Each of these is a mistake, and what the one line about it must say.
 MISTAKES = {
     "absent input": (["--input", "absent.png"], "absent.png"),
