@@ -70,7 +70,7 @@ def test_dataset_is_drawn_beside_its_ground_truth(folder, tmp_path):
     done = visualize(folder, "--dataset", "pets", "--output", str(tmp_path), "--threshold", "0", overrides=overrides)
     assert done.returncode == 0, done.stderr
     assert "100%" in done.stderr
-    assert done.stdout.count("Loaded 2 images") == 1
+    assert done.stdout.count("Checked 2 images") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.jpg", "1.jpg", "coco_instances_results.json"]
     with Image.open(tmp_path / "0.jpg") as picture:
         assert picture.size == (2 * 448 + 8, 448 + 28)
