@@ -272,8 +272,10 @@ def draw_ground_truth(
     """Draws annotations in Detectron2's dataset format; crowds are marked as such. Shapes as for `draw_predictions`."""
     boxes = [BoxMode.convert(ann["bbox"], ann["bbox_mode"], BoxMode.XYXY_ABS) for ann in annotations]
     masks = None
-    if all("segmentation" in ann for ann in annotations):
-        masks = [GenericMask(ann["segmentation"], *image.shape[:2]).mask for ann in annotations]
+    if any(ann.get("segmentation") for ann in annotations):
+        nothing = np.zeros(image.shape[:2], dtype=np.uint8)
+        segmentations = [ann.get("segmentation") for ann in annotations]
+        masks = [GenericMask(each, *image.shape[:2]).mask if each else nothing for each in segmentations]
     classes = [ann["category_id"] for ann in annotations]
     letters = lettering(class_names)
     labels = [letters.names[ann["category_id"]] + (" (crowd)" if ann.get("iscrowd") else "") for ann in annotations]

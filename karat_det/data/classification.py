@@ -18,7 +18,7 @@ from torchvision import datasets as torchvision_datasets
 
 from .class_folders import find_labelled_images
 from .digits import generate_crops
-from .image_check import read_headers
+from .image_check import NUM_SAMPLED, Header, read_headers, spread
 from .images import read_upright, unreadable_image_named, upright_8_bit
 
 logger = logging.getLogger(__name__)
@@ -109,12 +109,24 @@ class LabelledImages(torch.utils.data.Dataset):
     def open_all(self) -> None:
         """Reads the header of each image that is a file, so that broken ones are found before a run.
 
+        Of splits of more than MAX_IMAGES_OPENED files, it reads the first image only; of greys of more than 8 bits, the
+        pixels of some, so that their range is named in the log, or refused.
+
         Raises:
             ValueError: too many images cannot be read.
         """
-        for index, header in enumerate(read_headers(self.split.files)):
-            if isinstance(header, OSError):
-                self._count(index, header)
+        first = [self.indices[0]] if len(self.indices) else []
+        if len(self.split.files) > MAX_IMAGES_OPENED:
+            to_read = first
+        else:
+            headers = list(enumerate(read_headers(self.split.files)))
+            for index, header in headers:
+                if isinstance(header, OSError):
+                    self._count(index, header)
+            deep = [index for index, header in headers if isinstance(header, Header) and header.deep]
+            to_read = spread(deep, NUM_SAMPLED) if headers else first
+        for index in to_read:
+            self._read(index)
 
     def merge_broken(self, of_processes: Sequence[torch.Tensor]) -> None:
         """Takes over which images were broken in any process.
@@ -217,8 +229,7 @@ def build_datasets(cfg: CfgNode, rank: int = 0, world_size: int = 1) -> tuple[La
     train = LabelledImages(splits[0], is_train=True)
     val = LabelledImages(splits[1], is_train=False, indices=range(rank, len(splits[1].samples), world_size))
     for images in (train, val):
-        if len(images.split.samples) <= MAX_IMAGES_OPENED:
-            images.open_all()
+        images.open_all()
     return train, val
 
 

@@ -122,7 +122,7 @@ def _problems(records: Sequence[dict[str, Any]], json_file: str | None) -> list[
             problems.append(_Problem(ValueError, _other_size(record["file_name"], width_height, given)))
         else:
             (deep.setdefault(header.deep, []) if header.deep else good).append(record["file_name"])
-    sampled = [path for group in (good, *deep.values()) for path in _spread(group, NUM_SAMPLED)]
+    sampled = [path for group in (good, *deep.values()) for path in spread(group, NUM_SAMPLED)]
     for error in _in_threads(_pixel_error, sampled, "Reading images", chunk=4):
         if error:
             problems.append(_Problem(OSError, str(error)))
@@ -147,10 +147,10 @@ def _in_threads(
             yield from results
 
 
-def _state(path: str) -> os.stat_result | OSError:
+def _state(path: str) -> os.stat_result | OSError | ValueError:
     try:
         return os.stat(path)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a ValueError if it holds what no path may
         return error
 
 
@@ -166,7 +166,7 @@ def _pixel_error(path: str) -> OSError | None:
     return None
 
 
-def _spread(items: list[str], at_most: int) -> list[str]:
+def spread(items: Sequence[_Given], at_most: int) -> list[_Given]:
     """Items at equal distances, at most so many."""
     step = max(1, len(items) / at_most)
     return [items[int(i * step)] for i in range(min(at_most, len(items)))]
@@ -273,11 +273,11 @@ def _chunks(data: bytes, start: int) -> Iterable[tuple[bytes, bytes]]:
         start = end
 
 
-def _digest(records: Sequence[dict[str, Any]], states: Sequence[os.stat_result | OSError]) -> str:
+def _digest(records: Sequence[dict[str, Any]], states: Sequence[os.stat_result | OSError | ValueError]) -> str:
     """Changes with the name, size in pixels, file and time of any image."""
     digest = hashlib.sha256()
     for record, state in zip(records, states, strict=True):
-        if isinstance(state, OSError):
+        if isinstance(state, Exception):
             known: tuple[Any, ...] = (str(state),)
         else:
             known = (state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino, stat.S_IFMT(state.st_mode))

@@ -125,6 +125,14 @@ def test_ground_truth_takes_polygons_rles_crowds_and_leaves_holes_open():
     assert not is_coloured(40, 20)
 
 
+def test_ground_truth_takes_objects_without_masks_beside_others():
+    box = {"bbox": [5, 20, 10, 10], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0}
+    masked = {**box, "bbox": [30, 20, 10, 10], "segmentation": [[30, 20, 40, 20, 40, 30, 30, 30]]}
+    for others in ([box], [{**box, "segmentation": []}], []):
+        assert (draw_ground_truth(gray(40, 60), [masked, *others], NAMES)[25 * 11, 35 * 11] != 128).any()
+    assert (draw_ground_truth(gray(40, 60), [{**box, "segmentation": []}], NAMES) != 128).any()
+
+
 def test_side_by_side_keeps_each_picture_below_its_title():
     left, right = np.zeros((30, 40, 3), np.uint8), np.full((50, 20, 3), 200, np.uint8)
     sheet = np.asarray(side_by_side({"x": left, "y": right}))

@@ -204,6 +204,28 @@ def test_an_image_whose_range_is_not_known_is_a_broken_one(caplog):
     assert "number 0 of the table" in caplog.text and "must be from 0 to 1" in caplog.text
 
 
+@pytest.mark.parametrize("is_file", [True, False])
+def test_the_range_of_greys_is_named_before_the_run(tmp_path, caplog, monkeypatch, is_file):
+    """The processes of a loader do not."""
+    monkeypatch.setattr("karat_det.data.images._named", set())
+    caplog.set_level("INFO")
+    grey = Image.fromarray(np.full((8, 8), 60000, np.uint16))
+    if is_file:
+        write_tree(tmp_path, train={"a": 3, "b": 3}, val={"a": 1, "b": 1})
+        grey.save(tmp_path / "train" / "b" / "1.png")
+        build_datasets(config(tmp_path))
+    else:
+        LabelledImages(Split("the table", ["a"], [(grey, 0)] * 3), is_train=True).open_all()
+    assert caplog.text.count("0 to 65535 become 0 to 255") == 1
+
+
+def test_greys_whose_range_is_not_known_end_the_run_before_it_starts(tmp_path):
+    write_tree(tmp_path, train={"a": 3, "b": 3}, val={"a": 1, "b": 1})
+    Image.fromarray(np.full((8, 8), 3000, np.uint16)).save(tmp_path / "train" / "b" / "1.png")
+    with pytest.raises(ValueError, match=r"b/1\.png.*come out black.*no more than 1 in 1000"):
+        build_datasets(config(tmp_path))
+
+
 def test_a_row_without_an_image_is_a_broken_one(caplog):
     samples = [(Image.new("RGB", (8, 8)), 0)] * 1000
     samples[5] = None, 0

@@ -124,6 +124,14 @@ def test_a_missing_folder_is_named_with_the_remedy(records, tmp_path):
         check(records, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["a\0.png", "\ud800.png", "0.png/1.png", "x" * 300, ""])
+def test_names_that_no_file_can_have_are_named(records, tmp_path, name):
+    records[5]["file_name"] = str(tmp_path / "images") + "/" + name
+    with pytest.raises(OSError, match=r"(?s)1 of the 40 images.*Cannot read the image .*/images/") as caught:
+        check(records, tmp_path)
+    assert name in str(caught.value)
+
+
 def test_images_behind_addresses_are_left_out(records, tmp_path):
     check([*records, {"file_name": "https://here/1.png", "width": 1, "height": 1}], tmp_path)
 
@@ -138,8 +146,8 @@ def test_the_pixels_of_a_sample_are_read_and_those_of_a_small_dataset(records, t
     flip_a_byte_of_the_pixels(tmp_path / "images" / "17.png")
     with pytest.raises(OSError, match=r"(?s)1 of the 40 images.*images/17\.png.*damaged"):
         check(records, tmp_path)
-    assert len(image_check._spread(list(range(100_000)), NUM_SAMPLED)) == NUM_SAMPLED
-    assert image_check._spread(list(range(5)), NUM_SAMPLED) == list(range(5))
+    assert len(image_check.spread(list(range(100_000)), NUM_SAMPLED)) == NUM_SAMPLED
+    assert image_check.spread(list(range(5)), NUM_SAMPLED) == list(range(5))
     monkeypatch.setattr(image_check, "NUM_SAMPLED", 2)
     check(records, tmp_path)
 
