@@ -16,8 +16,8 @@ LAST = "model_last"
 
 def _tell_in_one_line(record: logging.LogRecord) -> bool:
     """Drops the trace that Detectron2's loop logs of an error which the command then says in a line."""
-    kind = record.exc_info[0] if record.exc_info else None
-    return not (kind and issubclass(kind, OSError | FloatingPointError | RunFailed))
+    error = record.exc_info[1] if record.exc_info else None
+    return not (isinstance(error, OSError | FloatingPointError | RunFailed) or is_loss(error))
 
 
 logging.getLogger("detectron2.engine.train_loop").addFilter(_tell_in_one_line)

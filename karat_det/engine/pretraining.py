@@ -300,12 +300,12 @@ def build_train_loader(cfg: CfgNode, model: nn.Module, images: LabelledImages, o
     )
     device = torch.device(cfg.MODEL.DEVICE)
     normalized = PrefetchLoader(batches, mean=tuple(cfg.DATA.MEAN), std=tuple(cfg.DATA.STD), device=device)
-    return CountedLoader(normalized, order, cfg.SOLVER.IMS_PER_BATCH, whole_epochs=True)
+    return CountedLoader(signals.leave_to_parent(normalized), order, cfg.SOLVER.IMS_PER_BATCH, whole_epochs=True)
 
 
 def build_val_loader(cfg: CfgNode, model: nn.Module, images: LabelledImages):
     """Builds timm's loader of centre crops. Arguments as for `build_train_loader`, but for this process's images."""
-    return create_loader(
+    loader = create_loader(
         images,
         batch_size=cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
         crop_pct=cfg.TEST.CROP_RATIO,
@@ -318,6 +318,7 @@ def build_val_loader(cfg: CfgNode, model: nn.Module, images: LabelledImages):
         pin_memory=cfg.MODEL.DEVICE != "cpu",
         device=torch.device(cfg.MODEL.DEVICE),
     )
+    return signals.leave_to_parent(loader)
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

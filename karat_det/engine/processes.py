@@ -113,7 +113,7 @@ def _join(backend: str) -> None:
     distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
-def is_loss(error: Exception) -> bool:
+def is_loss(error: BaseException | None) -> bool:
     """Whether an error says that another process of the run is gone."""
     return isinstance(error, RuntimeError) and comm.get_world_size() > 1 and bool(_LOST.search(str(error)))
 

@@ -16,10 +16,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 from detectron2.utils import comm
+from torch.utils.data import DataLoader
 
 logger = logging.getLogger(__name__)
 
@@ -120,29 +123,46 @@ def end(number: int) -> None:
     os._exit(128 + number)
 
 
-def leave_to_parent(worker: int) -> None:
-    """Has a data loader's worker leave signals to its parent: a `worker_init_fn`, or a part of one.
+def leave_to_parent(loader: Any) -> Any:
+    """Has the workers of a data loader leave signals to their parent. Returns the loader.
 
     A terminal and SLURM send them to all processes, and the parent still needs the images for the step that it is in.
-    torch ends its workers when it is done with them; so that none stays that is stuck then, it ends itself in time.
+
+    Args:
+        loader: torch's, or one around it, which has it as `loader` or `dataset`.
     """
+    inner = loader
+    while not isinstance(inner, DataLoader):
+        inner = inner.loader if hasattr(inner, "loader") else inner.dataset
+    inner.worker_init_fn = partial(_start_worker, inner.worker_init_fn)
+    return loader
 
-    def end_later(number: int, frame: object) -> None:
-        signal.alarm(30)
 
-    signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
-    signal.signal(signal.SIGTERM, end_later)
+def _start_worker(before: Callable[[int], None] | None, worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_for_parent, name="signals", daemon=True).start()
+    if before:
+        before(worker)
+
+
+def _end_for_parent() -> None:
+    """Ends this process at its parent's SIGTERM, and at no one else's."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _watch(reader: int) -> None:
     while True:
-        for number in os.read(reader, 64) if select.select([reader], [], [], 1.0)[0] else b"":
-            if number in ENDING and not _orphaned():
-                _take(number)
-        if _orphaned():
-            _end_as_orphan()
+        numbers = os.read(reader, 64) if select.select([reader], [], [], 1.0)[0] else b""
+        numbers = [number for number in numbers if number in ENDING]
+        if _state.parent and os.getppid() != _state.parent:
+            _end_as_orphan(*numbers)
+        for number in numbers:
+            _take(number)
 
 
 def _take(number: int) -> None:
@@ -159,26 +179,20 @@ def _take(number: int) -> None:
     logger.info("%s: the run ends after this step, with a checkpoint. A second signal ends it at once.", name)
 
 
-def _orphaned() -> bool:
-    return _state.parent and os.getppid() != _state.parent
-
-
-def _end_as_orphan() -> None:
-    """Gives the run a while for its last step and checkpoint, if it is in training."""
+def _end_as_orphan(number: int = signal.SIGTERM, *later: int) -> None:
+    """Ends this process, whose launcher is gone; in training there is a while for the step and a checkpoint."""
+    _state.request = _state.request or number
     if _state.awaited:
-        _state.request = _state.request or signal.SIGTERM
-        deadline = time.monotonic() + _WITHOUT_PARENT
-        while _state.awaited and time.monotonic() < deadline:
-            time.sleep(0.1)
-    _say("Ended, since the process that started it is gone.")
-    os._exit(128 + (_state.request or signal.SIGTERM))
+        time.sleep(_WITHOUT_PARENT)
+    _say("Ended, since the process that started this one is gone.")
+    os._exit(128 + _state.request)
 
 
 def _become_a_child() -> None:
     """In a forked process, such as a data loader's worker: no thread reads signals there, and none may reach ours."""
     signal.set_wakeup_fd(-1)
     for number in ENDING:
-        signal.signal(number, lambda number, frame: os._exit(128 + number))
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
     _end_with_parent(signal.SIGKILL)
 
 

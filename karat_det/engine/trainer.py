@@ -126,11 +126,12 @@ class Trainer(DefaultTrainer):
             aspect_ratio_grouping=False,
             num_workers=cfg.DATALOADER.NUM_WORKERS,
         )
-        return CountedLoader(loader, order, cfg.SOLVER.IMS_PER_BATCH)
+        return CountedLoader(signals.leave_to_parent(loader), order, cfg.SOLVER.IMS_PER_BATCH)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
-        return build_detection_test_loader(cfg, dataset_name, mapper=build_mapper(cfg, is_train=False))
+        loader = build_detection_test_loader(cfg, dataset_name, mapper=build_mapper(cfg, is_train=False))
+        return signals.leave_to_parent(loader)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str):
