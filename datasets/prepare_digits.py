@@ -4,6 +4,10 @@
 import argparse
 import logging
 import os
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends without a trace, in the imports too
 
 from karat_det.data.digits import generate_digits
 

@@ -9,6 +9,9 @@ import argparse
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    import early_signals  # noqa: F401  before the imports that take seconds
+
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,6 +10,7 @@ Usage: python tools/install_detectron2.py
 """
 
 import hashlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -120,4 +121,5 @@ def installed_version() -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends without a trace
     main()

@@ -29,7 +29,9 @@ import numpy as np
 import torch
 from tabulate import tabulate
 
+from ..checkpoint.run_folder import read_metrics
 from ..engine.setup import check_model_and_datasets, load_cfg
+from ..engine.signals import LAUNCHED
 from ..yaml_file import read_yaml
 
 matplotlib.use("Agg")
@@ -38,7 +40,7 @@ from matplotlib import pyplot as plt
 logger = logging.getLogger(__name__)
 
 _TRAIN_NET = Path(__file__).resolve().parents[2] / "tools" / "train_net.py"
-_DIVERGED = "Training diverged at iteration"
+_DIVERGED = "error: Training diverged"
 _METRICS = {"segm/AP": "mask AP", "bbox/AP": "box AP"}
 
 Settings = dict[str, Any]
@@ -275,7 +277,7 @@ def _train(study: Study, settings: Settings, folder: Path, job: int, weights: Pa
     if result.is_file():
         return json.loads(result.read_text(encoding="utf-8"))
     command = [sys.executable, str(_TRAIN_NET), "--config-file", str(study.config), "--resume"]
-    environment = dict(os.environ)
+    environment = {**os.environ, LAUNCHED: "1"}
     if torch.cuda.is_available():
         environment["CUDA_VISIBLE_DEVICES"] = str(job % torch.cuda.device_count())
     else:
@@ -305,8 +307,7 @@ def _train(study: Study, settings: Settings, folder: Path, job: int, weights: Pa
 
 
 def _last_evaluation(path: Path) -> dict[str, float]:
-    for line in reversed(path.read_text(encoding="utf-8").splitlines()):
-        record = json.loads(line)
+    for record in reversed(read_metrics(path)):
         if all(metric in record for metric in _METRICS):
             # Detectron2 says NaN where nothing was predicted at all: no object was found, which is an AP of 0.
             return {metric: 0.0 if math.isnan(record[metric]) else record[metric] for metric in _METRICS}

@@ -1,8 +1,6 @@
 """Weights out: a file in the names of our detectors, and a model card that says how the weights came about."""
 
-import contextlib
 import hashlib
-import json
 import logging
 import os
 import re
@@ -16,6 +14,7 @@ from ..yaml_file import read_yaml
 from .files import read_weights, write_weights
 from .layouts import LAYOUTS, convert_state
 from .loading import check_weights_file
+from .run_folder import read_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -123,12 +122,9 @@ def find_run(run: str) -> tuple[Path, Path]:
 def _figures(metrics_file: Path, checkpoint: dict[str, Any]) -> tuple[int, dict[str, float]]:
     """Iteration and measures of the evaluation that belongs to a checkpoint."""
     evaluations = {}
-    for line in metrics_file.read_text(encoding="utf-8").splitlines():
-        # A run that was killed may leave half a line.
-        with contextlib.suppress(json.JSONDecodeError):
-            record = json.loads(line)
-            if measures := {key: value for key, value in record.items() if _MEASURE.fullmatch(key)}:
-                evaluations[record["iteration"]] = measures
+    for record in read_metrics(metrics_file):
+        if measures := {key: value for key, value in record.items() if _MEASURE.fullmatch(key)}:
+            evaluations[record["iteration"]] = measures
     iteration = checkpoint.get("iteration", checkpoint.get("trainer", {}).get("iteration"))
     own = checkpoint.get("figures")
     if isinstance(iteration, int) and isinstance(own, dict) and own:

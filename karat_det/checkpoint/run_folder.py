@@ -77,7 +77,7 @@ def check_finite(content: dict[str, Any], folder: str) -> None:
         folder: of the run.
     """
     if name := first_not_finite(content):
-        raise FloatingPointError(f"Not saved, since {name} is not finite. {say_last_good(folder)}")
+        raise FloatingPointError(f"Training diverged: {name} is not finite, and was not saved. {say_last_good(folder)}")
 
 
 def first_not_finite(content: Any) -> str:

@@ -27,6 +27,8 @@ from torch.utils.data import DataLoader
 logger = logging.getLogger(__name__)
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# Variable of the environment of a process that is to end when the one that started it is gone.
+LAUNCHED = "KARAT_DET_LAUNCHED"
 # Seconds that a run has for its last checkpoint when its launcher is gone.
 _WITHOUT_PARENT = 10.0
 # A launcher passes on what a terminal or SLURM has sent to all processes already: one signal, that comes twice.
@@ -70,7 +72,7 @@ def install() -> None:
         signal.signal(number, lambda number, frame: None)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     os.register_at_fork(after_in_child=_become_a_child)
-    if "TORCHELASTIC_RUN_ID" in os.environ or multiprocessing.parent_process():
+    if {"TORCHELASTIC_RUN_ID", LAUNCHED} & os.environ.keys() or multiprocessing.parent_process():
         _state.parent = os.getppid()
         _end_with_parent(signal.SIGTERM)
     threading.Thread(target=_watch, args=(reader,), name="signals", daemon=True).start()

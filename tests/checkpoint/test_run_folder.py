@@ -119,7 +119,7 @@ def test_nothing_that_is_not_finite_is_saved(tmp_path, value):
     poisoned = make_run(tmp_path)
     with torch.no_grad():
         poisoned.model.bias[1] = value
-    with pytest.raises(FloatingPointError, match=r"model.bias is not finite. No checkpoint was saved before: there is"):
+    with pytest.raises(FloatingPointError, match=r"model.bias is not finite, and was not saved\. .*there is none"):
         save(poisoned, 0)
     assert not list(tmp_path.iterdir())
     save(checkpointer, 0)
