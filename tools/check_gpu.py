@@ -52,6 +52,8 @@ def main() -> None:
         report, passed = run_gpu_check(ROOT, Path(args.output), seconds=args.seconds)
     except OSError as error:
         parser.error(f"--output {args.output}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"Interrupted. What was done by then is in {Path(args.output) / 'table.md'}.")
     print(f"\n{report}")
     print(f"Written to {Path(args.output) / 'table.md'}")
     sys.exit(0 if passed else 1)

@@ -6,6 +6,7 @@ Errors of the attention, training, resuming, several processes, torch.compile, a
 import platform
 import shutil
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,12 +52,14 @@ def run_gpu_check(root: Path, output_dir: Path, device: str = "cuda", seconds: f
     groups = gpu_checks(root, output_dir, device)
     total = sum(map(len, groups.values()))
     print(f"{total} checks; logs and traces of errors are in {output_dir}", flush=True)
-    rows = []
+    rows, start, report = [], time.monotonic(), ""
     for row in run_checks(groups, output_dir, seconds):
-        print(f"{row.result}: {row.name}: {row.measured}", flush=True)
+        taken = time.monotonic() - start
+        print(f"{taken:4.0f} s: {row.result}: {row.name}: {row.measured}", flush=True)
         rows.append(row)
-    report = make_report(rows)
-    (output_dir / "table.md").write_text(report, encoding="utf-8")
+        # After each, so that an end from outside loses nothing.
+        report = f"{make_report(rows)}\nIt took {taken:.0f} s.\n"
+        (output_dir / "table.md").write_text(report, encoding="utf-8")
     return report, all(row.result != FAIL for row in rows)
 
 

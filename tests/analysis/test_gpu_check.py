@@ -110,8 +110,8 @@ def test_a_check_prints_as_it_goes_and_writes_its_table(tmp_path, monkeypatch, c
     assert report.startswith("GPU check of karat_det on no GPU, PyTorch ")
     assert "5 rows: 4 pass, 1 **fail**, 0 skipped." in report
     printed = capsys.readouterr().out
-    assert "pass: errors: N = 6, G = 1, float32, mask: plain PyTorch" in printed
-    assert "**fail**: wrong: TypeError" in printed
+    assert " s: pass: errors: N = 6, G = 1, float32, mask: plain PyTorch" in printed
+    assert " s: **fail**: wrong: TypeError" in printed
     names = {path.name for path in (tmp_path / "new" / "folder").iterdir()}
     assert names == {"table.md", "errors.log", "wrong.txt"}
 

@@ -122,3 +122,12 @@ def test_a_run_that_fails_is_an_error(tmp_path, configs):
     (tmp_path / "tools" / "train_net.py").write_text("raise SystemExit(7)")
     with pytest.raises(RuntimeError, match=r"tools/train_net\.py ended with status 7: .*OUTPUT_DIR"):
         train_net("cpu", tmp_path, [], tmp_path, tmp_path / "out")
+
+
+def test_a_resumed_run_and_an_unbroken_one_end_with_the_same_weights(tmp_path, configs):
+    rows = check_resume("cpu", configs.parent, SMALL_MODEL, tmp_path)
+    assert [row.name.rpartition(", ")[2] for row in rows] == ["one step later", "4 steps later"]
+    assert [(row.measured, row.result) for row in rows] == 2 * [
+        ("they differ by 0.0e+00 of what changed since the checkpoint", PASS)
+    ]
+    assert not list(tmp_path.iterdir())

@@ -37,6 +37,8 @@ def check(monkeypatch, capsys, tmp_path):
             called.append((root, output_dir, seconds))
             if output_dir.is_file():
                 raise FileExistsError(f"File exists: {output_dir}")
+            if passed is None:
+                raise KeyboardInterrupt
             return "the report\n", passed
 
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -56,6 +58,7 @@ def test_the_status_tells_whether_a_row_failed(check, tmp_path):
     assert "\nthe report\n" in out
     assert str(tmp_path / "table.md") in out
     assert check(passed=False)[0] == 1
+    assert "Interrupted. What was done by then is in output/check_gpu/table.md." in check(passed=None)[0]
 
 
 def test_arguments_that_cannot_be_are_refused(check, tmp_path):
