@@ -41,6 +41,9 @@ class Checkpoints(HookBase):
         self.saved_at = time.monotonic()
         self.saved = -1
 
+    def before_train(self) -> None:
+        self.saved = self.trainer.start_iter - 1
+
     def after_step(self) -> None:
         iteration = self.trainer.iter
         if self.period and (iteration + 1) % self.period == 0:

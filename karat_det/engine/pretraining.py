@@ -42,6 +42,7 @@ from .hooks import LAST, evaluate_safely
 from .optimizer import FULL_MODEL, NO_WEIGHT_DECAY
 from .order import CountedLoader, EpochBatches, ImageOrder, SeededImages
 from .processes import agree
+from .resumption import Resumption
 from .setup import merge
 from .trainer import Step, autocast_arguments, checked_iteration, foreign_state_refused
 
@@ -131,9 +132,12 @@ class Pretrainer(TrainerBase):
         self.step.checkpointer = self.checkpointer
         after_epoch = _AfterEpoch()
         stopping = _BetweenEpochs(after_epoch, cfg.SOLVER.CHECKPOINT_MINUTES)
-        self.register_hooks([IterationTimer(), _AfterStep(), stopping, after_epoch])
+        self.resumption = Resumption(f"{cfg.OUTPUT_DIR}/metrics.json", METRIC, (_AfterEpoch,))
+        self.register_hooks([IterationTimer(), _AfterStep(), stopping, after_epoch, self.resumption])
         if resumes:
             self._resume()
+        elif resume:
+            self.resumption.start_again()
         logger.info(
             "%d images of %d classes to train on, %d to validate on; %d epochs of %d steps of %d images.",
             *(len(train), len(self.classes), len(val.split.samples)),
@@ -145,7 +149,8 @@ class Pretrainer(TrainerBase):
 
         The first signal, see karat_det.engine.signals, ends it with a checkpoint.
         """
-        if self.start_iter >= self.max_iter:
+        # It may have been killed in its last evaluation.
+        if self.start_iter >= self.max_iter and self.resumption.is_told():
             logger.info("The run has had all of its %d epochs (SOLVER.EPOCHS).", self.cfg.SOLVER.EPOCHS)
             return
         self.scheduler.step_update(self.start_iter)

@@ -28,6 +28,7 @@ from .hooks import Checkpoints, Evaluation
 from .optimizer import FULL_MODEL, build_optimizer, load_optimizer_state, optimizer_state
 from .order import CountedLoader, SeededImages, build_order
 from .processes import agree
+from .resumption import Resumption
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,14 @@ class Trainer(DefaultTrainer):
         if metric := best_metric(self.cfg):
             # After the evaluation, before the writers.
             hooks.insert(index + 2, BestCheckpointer(self.cfg.TEST.EVAL_PERIOD, self.checkpointer, metric))
-        return hooks
+        evaluations = Evaluation, BestCheckpointer
+        self.resumption = Resumption(f"{self.cfg.OUTPUT_DIR}/metrics.json", metric or "", evaluations)
+        return [*hooks, self.resumption]
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        super().resume_or_load(resume)
+        if resume and not self.start_iter:
+            self.resumption.start_again()
 
     def build_writers(self):
         clear_partial(self.cfg.OUTPUT_DIR)
@@ -92,6 +100,8 @@ class Trainer(DefaultTrainer):
         if self.iter < self.max_iter:
             # An error ended the run. In the last iteration Detectron2 would still evaluate what it left behind.
             self._hooks = [hook for hook in self._hooks if not isinstance(hook, (EvalHook, BestCheckpointer))]
+        # A run that had had its last iteration counts it again.
+        self.iter = min(self.iter, self.max_iter)
         super().after_train()
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,7 +1,10 @@
-"""Several processes of one run, forked from that of the tests: without the seconds that imports take."""
+"""Processes of a run, forked from that of the tests without the seconds that imports take, and what runs leave."""
 
+import json
 import multiprocessing
+import os
 import traceback
+from pathlib import Path
 
 import torch
 from detectron2.utils import comm
@@ -42,3 +45,52 @@ def _run(pipe, store, rank, count, work, arguments):
         torch.distributed.barrier()
     except BaseException:
         pipe.send((traceback.format_exc(), None))
+
+
+def killed(start, owner, name, iteration):
+    """Trains what `start` makes in a process that is gone when it calls a function of this name in this iteration."""
+    process = FORK.Process(target=_train_and_die, args=(start, owner, name, iteration))
+    process.start()
+    process.join()
+    assert process.exitcode == 9
+
+
+def _train_and_die(start, owner, name, iteration):
+    trainer, function = start(), getattr(owner, name)
+
+    def die(*arguments, **keywords):
+        if trainer.iter == iteration:
+            os._exit(9)
+        return function(*arguments, **keywords)
+
+    setattr(owner, name, die)
+    trainer.train()
+
+
+def metrics(folder):
+    """The lines of metrics.json without what clocks say."""
+    clocks = ("time", "data_time", "rank_data_time", "eta_seconds", "images/s")
+    lines = [json.loads(line) for line in Path(folder, "metrics.json").read_text().splitlines()]
+    return [{key: repr(value) for key, value in line.items() if key not in clocks} for line in lines]
+
+
+def differences(a, b, where=""):
+    """Places in nested containers of tensors and numbers that are not the same, bit by bit."""
+    if isinstance(a, torch.Tensor):
+        return [] if torch.equal(a, b) else [where]
+    if isinstance(a, dict) and a.keys() == b.keys():
+        return [place for key in a for place in differences(a[key], b[key], f"{where}.{key}")]
+    if isinstance(a, list | tuple) and len(a) == len(b):
+        return [place for i, pair in enumerate(zip(a, b, strict=True)) for place in differences(*pair, f"{where}.{i}")]
+    return [] if a == b else [f"{where}: {a}, {b}"]
+
+
+def differences_of_checkpoints(folder, other):
+    """`differences` of the checkpoints in two folders, but for the config that those of a pretraining hold."""
+    files = [
+        {path.name: torch.load(path, weights_only=True) for path in Path(each).glob("*.pth")}
+        for each in (folder, other)
+    ]
+    for content in (*files[0].values(), *files[1].values()):
+        content.pop("config", None)
+    return differences(*files)

@@ -3,12 +3,15 @@ import itertools
 import json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from detectron2.modeling import build_model
+from detectron2.utils.events import JSONWriter
+from forked import differences_of_checkpoints, killed, metrics
 from PIL import Image
 from timm.data.auto_augment import RandAugment
 
@@ -120,6 +123,21 @@ def test_a_resumed_run_is_the_uninterrupted_one(make_cfg, tmp_path, workers, oth
     assert equal(a, b)
     # And something was learned from one epoch to the next.
     assert not equal(saved(cfg, "model_best"), {}) and a["model"].keys() == a["model_ema"].keys()
+
+
+def test_killed_while_it_steps_evaluates_or_writes_it_leaves_what_the_unbroken_run_leaves(make_cfg, tmp_path):
+    cfg, other = make_cfg(), make_cfg(OUTPUT_DIR=tmp_path / "other")
+    train(cfg)
+    goes_on = partial(Pretrainer, other, resume=True)
+    killed(goes_on, Pretrainer, "run_step", 1)
+    killed(goes_on, Pretrainer, "evaluate", 1)
+    killed(goes_on, Pretrainer, "run_step", 3)
+    killed(goes_on, JSONWriter, "write", 3)
+    killed(goes_on, Pretrainer, "evaluate", 5)
+    train(other, resume=True)
+    assert [line["iteration"] for line in metrics(cfg.OUTPUT_DIR)] == ["1", "3", "5"]
+    assert metrics(tmp_path / "other") == metrics(cfg.OUTPUT_DIR)
+    assert not differences_of_checkpoints(cfg.OUTPUT_DIR, tmp_path / "other")
 
 
 def test_steps_of_another_size_go_on_at_the_same_image(make_cfg, caplog):

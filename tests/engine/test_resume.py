@@ -2,17 +2,20 @@
 
 import itertools
 import random
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from detectron2.utils import comm
-from forked import in_processes
+from detectron2.utils.events import JSONWriter
+from forked import differences, differences_of_checkpoints, in_processes, killed, metrics
 
+from karat_det.checkpoint import run_folder
 from karat_det.data.digits import generate_digits
 from karat_det.engine.setup import load_cfg
-from karat_det.engine.trainer import Trainer
+from karat_det.engine.trainer import Step, Trainer
 
 SMALL = {
     "MODEL.DEVICE": "cpu",
@@ -30,7 +33,7 @@ SMALL = {
     "SOLVER.CHECKPOINT_PERIOD": 2,
     "DATASETS.TRAIN": ("eight_digits",),
     "DATASETS.TEST": (),
-    "KARAT_DATA.NAMES": ["eight_digits"],
+    "KARAT_DATA.NAMES": ["eight_digits", "three_digits"],
     "SEED": 3,
 }
 
@@ -45,8 +48,8 @@ def make_cfg(data, tmp_path, configs):
     def make(folder="out", **overrides):
         (tmp_path / folder).mkdir(exist_ok=True)
         files = {
-            "KARAT_DATA.JSONS": [str(data / "annotations" / "instances_train.json")],
-            "KARAT_DATA.IMAGE_DIRS": [str(data / "train")],
+            "KARAT_DATA.JSONS": [str(data / "annotations" / f"instances_{split}.json") for split in ("train", "val")],
+            "KARAT_DATA.IMAGE_DIRS": [str(data / split) for split in ("train", "val")],
             "OUTPUT_DIR": tmp_path / folder,
         }
         keys = SMALL | files | overrides
@@ -91,17 +94,6 @@ def saved(cfg, name="model_final"):
     return torch.load(Path(cfg.OUTPUT_DIR) / f"{name}.pth", weights_only=True)
 
 
-def differences(a, b, where=""):
-    """Places in nested containers of tensors and numbers that are not the same, bit by bit."""
-    if isinstance(a, torch.Tensor):
-        return [] if torch.equal(a, b) else [where]
-    if isinstance(a, dict) and a.keys() == b.keys():
-        return [place for key in a for place in differences(a[key], b[key], f"{where}.{key}")]
-    if isinstance(a, list | tuple) and len(a) == len(b):
-        return [place for i, pair in enumerate(zip(a, b, strict=True)) for place in differences(*pair, f"{where}.{i}")]
-    return [] if a == b else [f"{where}: {a}, {b}"]
-
-
 def test_stopped_anywhere_it_ends_as_the_unbroken_run_with_any_workers(make_cfg):
     cfg = make_cfg()
     train(cfg)
@@ -116,6 +108,26 @@ def test_stopped_anywhere_it_ends_as_the_unbroken_run_with_any_workers(make_cfg)
     assert not differences(final, saved(other))
     train(make_cfg("third", SEED=4))
     assert differences(final["model"], saved(make_cfg("third"))["model"])
+
+
+def test_killed_while_it_steps_saves_evaluates_or_writes_it_leaves_what_the_unbroken_run_leaves(make_cfg):
+    keys = {
+        **{"SOLVER.MAX_ITER": 25, "SOLVER.CHECKPOINT_PERIOD": 5, "TEST.EVAL_PERIOD": 10},
+        **{"DATASETS.TEST": ("three_digits",), "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0},
+    }
+    cfg, other = make_cfg(**keys), make_cfg("other", **keys)
+    train(cfg)
+    killed(partial(start, other), Step, "run_step", 3)
+    goes_on = partial(start, other, resume=True)
+    killed(goes_on, Step, "run_step", 7)
+    killed(goes_on, Trainer, "test", 9)
+    killed(goes_on, JSONWriter, "write", 19)
+    killed(goes_on, run_folder, "write_whole", 24)
+    killed(goes_on, Trainer, "test", 25)
+    train(other, resume=True)
+    assert [line["iteration"] for line in metrics(cfg.OUTPUT_DIR)] == ["19", "24", "25"]
+    assert metrics(other.OUTPUT_DIR) == metrics(cfg.OUTPUT_DIR)
+    assert not differences_of_checkpoints(cfg.OUTPUT_DIR, other.OUTPUT_DIR)
 
 
 def test_two_processes_go_on_bitwise_and_through_the_order_of_one(make_cfg, tmp_path):
