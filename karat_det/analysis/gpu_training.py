@@ -125,7 +125,8 @@ def take_steps(cfg: CfgNode, batch_size: int, num_steps: int) -> Steps:
             step.train(index, index + 1)
             wait()
             seconds.append(time.perf_counter() - start)
-            losses.append(sum(step.last_losses.values()))
+            # Of a step that was skipped, since something was not finite, the trainer keeps no loss.
+            losses.append(sum(step.last_losses.values()) if step.updated else math.nan)
 
     peak = peak_memory(run, cfg.MODEL.DEVICE)
     timed = seconds[num_steps // 2 :]

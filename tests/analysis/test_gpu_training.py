@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from karat_det.analysis import gpu_training
+from karat_det.analysis import benchmark, gpu_training
 from karat_det.analysis.check_runner import FAIL, FOR_THE_RECORD, PASS, Skip
 from karat_det.analysis.gpu_training import (
     NUM_STEPS,
@@ -49,6 +49,27 @@ def test_the_steps_learn(configs):
     assert len(steps.losses) == 12
     assert steps.losses[-1] < 0.97 * steps.losses[0]
     assert steps.images_per_second > 0
+
+
+def test_a_step_that_the_trainer_skips_is_not_finite(configs, monkeypatch):
+    class NaNOnce(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.inside, self.calls = model, 0
+
+        def forward(self, data):
+            self.calls += 1
+            losses = self.inside(data)
+            return {name: loss * (math.nan if self.calls == 3 else 1) for name, loss in losses.items()}
+
+    def make_step(cfg, batch_size):
+        step = benchmark.make_step(cfg, batch_size)
+        step.model = NaNOnce(step.model)
+        return step
+
+    monkeypatch.setattr(gpu_training, "make_step", make_step)
+    rows = check_small_training(configs)
+    assert [row.result for row in rows] == [FAIL, FAIL, PASS, PASS]
 
 
 @pytest.mark.parametrize(
