@@ -32,7 +32,8 @@ def parse_args() -> argparse.Namespace:
         description=__doc__,
         epilog="The JSON, coco_instances_results.json, holds every prediction that the model returns, whatever "
         "--threshold and --top-k say: those two are for the pictures. Its image ids are the dataset's; with --input, "
-        "images.json says which image has which id. Files of an earlier run in the output folder are replaced.",
+        "images.json says which image has which id. Files of an earlier run in the output folder are replaced. An "
+        "image that fails is named, and left out; then the exit status is 1.",
     )
     parser.add_argument("--config-file", required=True, metavar="FILE", help="the config that it was trained with")
     parser.add_argument("--weights", required=True, metavar="FILE", help="a checkpoint of the model")
@@ -59,7 +60,7 @@ def main(args: argparse.Namespace) -> None:
         test_set = ["DATASETS.TEST", str((args.dataset,))] if args.dataset else []
         cfg = load_cfg(args.config_file, args.opts + test_set, own_data_needed=args.dataset is not None)
         check_weights_file(args.weights, "--weights")
-        records = load_checked_test_dicts(cfg) if args.dataset else image_records(args.input)
+        records = load_checked_test_dicts(cfg, all_images=False) if args.dataset else image_records(args.input)
         records = records[: args.max_images]
         classes = dataset_classes(cfg.DATASETS.TEST, num_classes(cfg))
         os.makedirs(args.output, exist_ok=True)

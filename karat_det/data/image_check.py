@@ -63,7 +63,9 @@ class _Problem(NamedTuple):
     message: str
 
 
-def check_images(records: Sequence[dict[str, Any]], source: str, json_file: str | None, hint: str) -> None:
+def check_images(
+    records: Sequence[dict[str, Any]], source: str, json_file: str | None, hint: str, all_needed: bool = True
+) -> None:
     """Checks the images of a dataset: that each is there, is an image and has the size that its record says.
 
     It also reads the pixels of NUM_SAMPLED of them, and of as many of each kind of greys of more than 8 bits. With
@@ -75,6 +77,7 @@ def check_images(records: Sequence[dict[str, Any]], source: str, json_file: str 
         source: what a user knows the dataset by.
         json_file: where its annotations are; beside it, the result is kept. None: nowhere.
         hint: what to do where a folder of images is missing.
+        all_needed: whether one image that cannot be used is an error; else only that there is no other is.
 
     Raises:
         FileNotFoundError: some do not exist.
@@ -84,7 +87,7 @@ def check_images(records: Sequence[dict[str, Any]], source: str, json_file: str 
     alone = comm.get_world_size() == 1
     found = _problems(records, json_file) if alone or comm.get_local_rank() == 0 else []
     problems = found if alone else next(filter(None, comm.all_gather(found)), [])
-    if problems:
+    if len(problems) >= (1 if all_needed else max(1, len(records))):
         kinds = [each.error for each in problems]
         kind = next(error for error in (FileNotFoundError, OSError, ValueError) if error in kinds)
         raise kind(_report(problems, len(records), source, hint))

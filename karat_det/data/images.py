@@ -3,8 +3,8 @@
 An image comes out upright, as its EXIF data says, and with 8 bits a channel. What Detectron2 reads rightly is read the
 same, bit for bit. Otherwise:
 
-- Grey images of 16 bits are scaled by the range that their files declare, 0 to 65535 or less, and those of floating
-  point numbers from 0 to 1. The log names the range once. An image whose range is not known, or which would come out
+- Images of 16 bits are scaled by the range that their files declare, 0 to 65535 or less, and greys of floating point
+  numbers from 0 to 1. The log names the range once. An image whose range is not known, or which would come out
   black by it, is refused.
 - Every checksum of a PNG is compared. Pillow, which skips those of the pixels, returns wrong ones from a damaged file.
 - Only files are opened: a FIFO would block, and a device may never end.
@@ -71,11 +71,15 @@ def upright_8_bit(image: Image.Image, name: str) -> Image.Image:
     Raises:
         ValueError: its values have no known range, or come out black. Otherwise, whatever Pillow raises.
     """
+    # How the pixels are packed; Pillow itself keeps the upper 8 bits of colours of 16.
+    of_16_bits = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
     # Before anything asks for the EXIF data: Pillow may decode a PNG for it, and decodes only once, well or not.
     image.load()
     if is_deep(image):
         scaled = _scaled(image, name)
     else:
+        if of_16_bits:
+            _refuse_black(image, name)
         # Pillow converts these two to few others.
         through = {"La": "LA", "LAB": "RGB"}
         scaled = image.convert(through[image.mode]) if image.mode in through else image
@@ -206,6 +210,19 @@ def _scaled(image: Image.Image, name: str) -> Image.Image:
         # Pillow inverts such images of 8 bits only.
         scaled = ImageOps.invert(scaled)
     return scaled
+
+
+def _refuse_black(image: Image.Image, name: str) -> None:
+    """Refuses an image of 16-bit channels that come out black with their upper 8 bits."""
+    colors = [band.getextrema() for band, letter in zip(image.split(), image.getbands(), strict=True) if letter != "A"]
+    if max(highest for _, highest in colors) < _BLACK * 256:
+        raise ValueError(
+            "its channels have 16 bits, of which the upper 8 are black; scale the values of all images of the dataset "
+            "alike, or save them with 8 bits"
+        )
+    name_range_once(
+        "16-bit colors", f"16-bit channels of colours: 0 to 65535 become 0 to 255. The first image is {name}."
+    )
 
 
 def _with_compared_checksums(chunks: bytes) -> bytes:

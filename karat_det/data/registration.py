@@ -152,11 +152,12 @@ def load_checked_dicts(cfg: CfgNode) -> list[Record]:
     return records
 
 
-def load_checked_test_dicts(cfg: CfgNode) -> list[Record]:
+def load_checked_test_dicts(cfg: CfgNode, all_images: bool = True) -> list[Record]:
     """Loads and checks the datasets of DATASETS.TEST, for a run that trains nothing.
 
     Args:
         cfg: config whose KARAT_DATA datasets are registered already.
+        all_images: whether one image that cannot be used is an error; else only a dataset without any other is.
 
     Returns:
         The records of all test datasets, one after another, those without annotations too.
@@ -167,14 +168,14 @@ def load_checked_test_dicts(cfg: CfgNode) -> list[Record]:
     check_datasets(cfg, training=False)
     records: list[Record] = []
     for name in cfg.DATASETS.TEST:
-        loaded = _load(cfg, "DATASETS.TEST", name)
+        loaded = _load(cfg, "DATASETS.TEST", name, all_images)
         _check_annotations(cfg, name, loaded, training=False)
         records += loaded
     _check_same_classes(cfg.DATASETS.TEST)
     return records
 
 
-def _load(cfg: CfgNode, key: str, name: str) -> list[Record]:
+def _load(cfg: CfgNode, key: str, name: str, all_images: bool = True) -> list[Record]:
     metadata = MetadataCatalog.get(name)
     if name in DIGITS_NAMES:
         generate_digits(Path(metadata.json_file).parents[2])
@@ -193,7 +194,7 @@ def _load(cfg: CfgNode, key: str, name: str) -> list[Record]:
     if metadata.get("thing_classes") is None:
         raise ValueError(f"{key} names {name!r}, which has no object classes; choose a detection dataset.")
     _check_number_of_classes(cfg, key, name)
-    check_images(records, source_of(name), metadata.get("json_file"), hint=_root_hint(cfg, name))
+    check_images(records, source_of(name), metadata.get("json_file"), _root_hint(cfg, name), all_images)
     return records
 
 

@@ -118,6 +118,15 @@ def test_all_that_is_wrong_is_in_one_report(records, tmp_path):
     assert lines[-1] == "… and 15 more."
 
 
+def test_where_not_all_are_needed_one_that_can_be_used_is_enough(records, tmp_path):
+    for record in records[1:]:
+        record["width"] = 9
+    check_images(records, "mine", None, "", all_needed=False)
+    records[0]["file_name"] += "x"
+    with pytest.raises(FileNotFoundError, match=r"1 of the 40 images.*0\.pngx"):
+        check_images(records, "mine", None, "", all_needed=False)
+
+
 def test_a_missing_folder_is_named_with_the_remedy(records, tmp_path):
     records[0]["file_name"] = str(tmp_path / "nowhere" / "0.png")
     with pytest.raises(FileNotFoundError, match=rf"There is no folder {tmp_path}/nowhere\. Correct the keys\."):

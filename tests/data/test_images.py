@@ -145,8 +145,33 @@ def test_greys_whose_range_is_not_known_are_refused_by_name(tmp_path, values, me
         read_image(path, "RGB")
 
 
+@pytest.mark.parametrize("color_type, channels", [(2, 3), (4, 2), (6, 4)], ids=["RGB", "LA", "RGBA"])
+@pytest.mark.parametrize("highest", [65535, 4095, 255])
+def test_colours_of_16_bits_are_scaled_or_refused(tmp_path, caplog, color_type, channels, highest):
+    caplog.set_level(logging.INFO)
+    values = np.random.default_rng(0).integers(highest + 1, size=(9, 8, channels), dtype=np.uint16)
+    if channels != 3:
+        values[..., -1] = 65535
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    path = tmp_path / "x.png"
+    header = struct.pack(">IIBBBBB", 8, 9, 16, color_type, 0, 0, 0)
+    chunks = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+    path.write_bytes(images.PNG_SIGNATURE + b"".join(chunks))
+    if highest < 65535:
+        with pytest.raises(OSError, match=r"x\.png.*16 bits, of which the upper 8 are black"):
+            read_image(str(path), "RGB")
+        return
+    np.testing.assert_array_equal(read_image(str(path), "RGB")[..., 0], values[..., 0] >> 8)
+    np.testing.assert_array_equal(read_image(str(path), "BGR"), detection_utils.read_image(str(path), "BGR"))
+    assert caplog.text.count("0 to 65535 become 0 to 255") == 1
+
+
 def test_a_black_image_of_16_bits_is_black(tmp_path):
     assert not read_image(save(tmp_path / "x.png", np.zeros((4, 4), np.uint16)), "RGB").any()
+
+
+def chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
 def chunks_of(png):
@@ -225,9 +250,6 @@ def test_a_file_that_is_cut_short_is_named(tmp_path, suffix):
 
 
 def test_a_png_that_inflates_to_more_than_it_declares_is_named(tmp_path):
-    def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
     header = struct.pack(">IIBBBBB", 4, 4, 8, 0, 0, 0, 0)
     bomb = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(10**8))) + chunk(b"IEND", b"")
     path = tmp_path / "bomb.png"

@@ -168,5 +168,6 @@ def test_an_image_that_breaks_midway_is_named(folder, tmp_path):
     overrides = SMALL_MODEL + own_data("pets", folder, "broken")
     done = visualize(folder, "--dataset", "pets", "--output", str(tmp_path), overrides=overrides)
     assert done.returncode == 1
-    assert "broken/1.png" in done.stderr.splitlines()[-1]
+    assert "1 of the 2 images failed" in done.stderr and "broken/1.png" in done.stderr.splitlines()[-1]
+    assert [path.name for path in tmp_path.glob("*.jpg")] == ["0.jpg"]
     assert "Traceback" not in done.stderr
