@@ -16,7 +16,7 @@ from typing import Any
 from detectron2.structures import BoxMode
 
 from .coco_boxes import BoxHabits
-from .coco_masks import NUMBERS, area_of, read_mask
+from .coco_masks import NUMBERS, Note, area_of, read_mask
 from .coco_schema import DOCUMENTATION, FAR, LEAST_SIDE, MAX_PIXELS, MAX_SIDE, RULES
 from .report import Report, short
 
@@ -273,7 +273,7 @@ def _read_annotations(
             report.add("structure", "annotations", index, None, f"{short(annotation)} is no object.")
             continue
 
-        def note(rule: str, detail: str, index: int = index, annotation: dict = annotation) -> None:
+        def note(rule: str, detail: str | Callable[[], str], index: int = index, annotation: dict = annotation) -> None:
             report.add(rule, "annotations", index, annotation, detail)
 
         id = annotation.get("id")
@@ -300,7 +300,7 @@ def _read_annotations(
             continue
         box = _read_box(annotation, width, height, note)
         mask, extent = None, None
-        if annotation.get("segmentation") is not None:
+        if annotation.get("segmentation") not in (None, {}):
             mask, extent = read_mask(annotation["segmentation"], width, height, note)
         if box is None or number is None:
             continue
@@ -349,7 +349,7 @@ def _referred(
     return number
 
 
-def _read_iscrowd(annotation: dict[str, Any], note: Callable[[str, str], None]) -> int:
+def _read_iscrowd(annotation: dict[str, Any], note: Note) -> int:
     value = annotation.get("iscrowd", 0)
     if type(value) is int and value in (0, 1):
         return value
@@ -360,9 +360,7 @@ def _read_iscrowd(annotation: dict[str, Any], note: Callable[[str, str], None]) 
     return 0
 
 
-def _read_box(
-    annotation: dict[str, Any], width: int, height: int, note: Callable[[str, str], None]
-) -> list[float] | None:
+def _read_box(annotation: dict[str, Any], width: int, height: int, note: Note) -> list[float] | None:
     """[x, y, width, height] with sides of 0 or more, near the image; None if it was refused."""
     value = annotation.get("bbox")
     if type(value) is not list or len(value) != 4 or not NUMBERS.issuperset(map(type, value)):
@@ -378,7 +376,7 @@ def _read_box(
         return None
     x, y, w, h = map(float, value)
     if w < 0 or h < 0:
-        note("bbox-negative", f"bbox is {short(value)}")
+        note("bbox-negative", lambda: f"bbox is {short(value)}")
         x, y, w, h = min(x, x + w), min(y, y + h), abs(w), abs(h)
     if x < -far or y < -far or x + w > width + far or y + h > height + far:
         note("bbox-far", f"bbox is {short(value)}, far outside the image of {width} × {height}.")
@@ -392,7 +390,7 @@ def _read_area(
     mask: list | dict | None,
     width: int,
     height: int,
-    note: Callable[[str, str], None],
+    note: Note,
 ) -> float:
     value = annotation.get("area")
     if type(value) in NUMBERS and 0 < value < math.inf:

@@ -13,7 +13,7 @@ from .report import short
 
 NUMBERS = frozenset((int, float))
 # Notes a finding by its rule's key and what was found.
-Note = Callable[[str, str], None]
+Note = Callable[[str, str | Callable[[], str]], None]
 # (left, top, right, bottom) in pixels.
 Extent = tuple[float, float, float, float]
 
@@ -49,11 +49,11 @@ def _read_polygons(value: list, width: int, height: int, note: Note) -> tuple[li
     if not polygons:
         return None, None
     if type(polygons[0]) in NUMBERS:
-        note("polygon-pairs", f"segmentation is {short(value)}")
+        note("polygon-pairs", lambda: f"segmentation is {short(value)}")
         polygons = [polygons]
     elif len(polygons) > 2 and all(_is_point(point) for point in polygons):
         # Points and no polygons: none of these has two numbers.
-        note("polygon-pairs", f"segmentation is {short(value)}")
+        note("polygon-pairs", lambda: f"segmentation is {short(value)}")
         polygons = [polygons]
     far = FAR * max(width, height)
     read = []
@@ -65,7 +65,7 @@ def _read_polygons(value: list, width: int, height: int, note: Note) -> tuple[li
             note("mask", f"segmentation holds {short(polygon)}; a polygon is a list [x, y, x, y, …].")
             return None, None
         if polygon and type(polygon[0]) is list and all(map(_is_point, polygon)):
-            note("polygon-pairs", f"segmentation holds {short(polygon)}")
+            note("polygon-pairs", lambda: f"segmentation is {short(value)}")
             polygon = [coordinate for point in polygon for coordinate in point]
         if not NUMBERS.issuperset(map(type, polygon)):
             found = next(x for x in polygon if type(x) not in NUMBERS)
@@ -96,7 +96,7 @@ def _read_polygons(value: list, width: int, height: int, note: Note) -> tuple[li
         note("polygon-length", f"segmentation is {short(value)}; a polygon must have three points at least.")
         return None, None
     for _ in range(short_ones):
-        note("polygon-short", f"segmentation is {short(value)}")
+        note("polygon-short", lambda: f"segmentation is {short(value)}")
     inside = left >= -1 and top >= -1 and right <= width + 1 and bottom <= height + 1
     if not (inside and least > 8) and not area_of(read, width, height):
         return read, None
@@ -132,14 +132,14 @@ def _read_rle(value: dict, width: int, height: int, note: Note) -> tuple[dict | 
         )
         return None, None
     if any(type(x) is float for x in size):
-        note("rle-float", f"size is {size}")
+        note("rle-float", lambda: f"size is {size}")
     if type(counts) is list:
         if not all(type(x) is int or (type(x) is float and x.is_integer()) for x in counts):
             found = next(x for x in counts if not (type(x) is int or (type(x) is float and x.is_integer())))
             note("rle-counts", f"segmentation has {short(found)} among its counts; runs are whole numbers.")
             return None, None
         if any(type(x) is float for x in counts):
-            note("rle-float", f"counts is {short(counts)}")
+            note("rle-float", lambda: f"counts is {short(counts)}")
         runs = [int(x) for x in counts]
         compressed = None
     elif type(counts) is str:

@@ -1,14 +1,19 @@
 """What a reader of annotations finds in a file: counted by rule, and told in few lines that name list, index and id."""
 
 import logging
+import reprlib
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 logger = logging.getLogger(__name__)
 
 MAX_LINES = 20
+
+_short = reprlib.Repr()
+_short.maxlist = _short.maxdict = 12
+_short.maxstring = 60
 
 Verdict = Literal["put right", "refused", "left out"]
 
@@ -46,19 +51,21 @@ class Report:
         self._lines: dict[str, list[tuple[int, str]]] = defaultdict(list)
         self._order = 0
 
-    def add(self, rule: str, list_name: str = "", index: int = -1, entry: Any = None, detail: str = "") -> None:
+    def add(
+        self, rule: str, list_name: str = "", index: int = -1, entry: Any = None, detail: str | Callable[[], str] = ""
+    ) -> None:
         """Notes one finding.
 
         Args:
             rule: key of the rule.
             list_name, index, entry: where, for example "annotations", 3 and the annotation; without, the whole file.
-            detail: what was found there.
+            detail: what was found there, or a function that says it, where there may be a million and few are shown.
         """
         self.counts[rule] += 1
         if len(self._lines[rule]) < MAX_LINES:
             self._order += 1
             place = f"{place_of(list_name, index, entry)}: " if list_name else ""
-            self._lines[rule].append((self._order, place + detail))
+            self._lines[rule].append((self._order, place + (detail() if callable(detail) else detail)))
 
     def raise_refused(self) -> None:
         """Raises ValueError if anything was refused, in at most `MAX_LINES` lines."""
@@ -91,6 +98,6 @@ def place_of(list_name: str, index: int, entry: Any) -> str:
 
 
 def short(value: Any) -> str:
-    """The value as it is written, on one line of some 60 characters at most."""
-    text = repr(value[:12] if isinstance(value, (list, str)) and len(value) > 200 else value)
+    """The value as it is written, on one line of some 60 characters at most; quick, whatever its size."""
+    text = repr(value) if isinstance(value, (int, float)) else _short.repr(value)
     return text if len(text) <= 60 else text[:57] + "…"

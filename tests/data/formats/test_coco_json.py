@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -333,7 +334,7 @@ PUT_RIGHT = [
     (["mask-empty"], masked([[5, 5, 5, 5, 5, 5]]), {"segmentation": None, "empty_mask": True}),
     (["mask-empty"], masked([square(100, 100)]), {"segmentation": None, "empty_mask": True}),
     (["mask-empty"], masked(rle(counts=[4000])), {"segmentation": None, "empty_mask": True}),
-    *[([], masked(value), {"segmentation": None}) for value in (None, [], [[]], [[], []])],
+    *[([], masked(value), {"segmentation": None}) for value in (None, [], [[]], [[], []], {})],
     *[(["iscrowd-null"], with_("annotations", iscrowd=value), None) for value in (None, False, 0.0, "0")],
     *[(["iscrowd-null"], with_("annotations", iscrowd=value), {"iscrowd": 1}) for value in (True, 1.0, "1")],
     (["area-missing"], without("annotations", "area"), None),
@@ -450,6 +451,25 @@ def test_classes_alone_are_refused_with_all_else_that_is_wrong(tmp_path, caplog)
     path.write_text(json.dumps(changed))
     with pytest.raises(ValueError, match=r"(?s)4 errors.*categories\[1\].*annotations\[1\].*bbox is.*annotations\[3\]"):
         read_categories(str(path))
+
+
+def test_a_report_is_quick_whatever_it_reports(tmp_path):
+    changed = content()
+    changed["annotations"] = [
+        {
+            **changed["annotations"][0],
+            "id": f"object {i}",
+            "segmentation": [[[10, 10], [40, 10], [40, 30]] * 20],
+            "area": None,
+        }
+        for i in range(4_000)
+    ]
+    text = json.dumps(changed)
+    start = time.process_time()
+    assert len(read(tmp_path, changed).annotations[0]) == 4_000
+    with pytest.raises(ValueError, match=r"the object with \{'annotations': \[\{.* holds the key 'images' twice"):
+        read(tmp_path, text[:-1] + ', "images": []}')
+    assert time.process_time() - start < 10
 
 
 def test_a_test_set_has_no_annotations_and_other_keys_are_ignored(tmp_path, caplog):
