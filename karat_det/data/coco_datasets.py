@@ -12,7 +12,8 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from .formats.coco import CocoContent, Id, read_coco
+from .formats.coco import CocoContent, read_coco
+from .formats.coco_ids import Id
 
 logger = logging.getLogger(__name__)
 

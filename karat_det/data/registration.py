@@ -18,7 +18,8 @@ from detectron2.data.build import filter_images_with_only_crowd_annotations, pri
 
 from .coco_datasets import Record, is_coco, load_coco, register_coco, source_of
 from .digits import DIGITS_NAMES, generate_digits
-from .formats.coco import Id, read_categories
+from .formats.coco import read_categories
+from .formats.coco_ids import Id
 from .image_check import check_images
 
 # Detectron2's architectures that take no notice of MODEL.MASK_ON.

@@ -16,14 +16,12 @@ from typing import Any
 from detectron2.structures import BoxMode
 
 from .coco_boxes import BoxHabits
+from .coco_ids import MAX_EXACT, Id, found_in, key_of, place_in_order, read_id
 from .coco_masks import NUMBERS, Note, area_of, read_mask
 from .coco_schema import DOCUMENTATION, FAR, LEAST_SIDE, MAX_PIXELS, MAX_SIDE, RULES
 from .report import Report, short
 
 logger = logging.getLogger(__name__)
-
-Id = int | str
-_MAX_EXACT = 2**53
 
 
 @dataclass(frozen=True)
@@ -99,10 +97,10 @@ def _read(json_file: str, report: Report) -> CocoContent:
     raw = content.pop("annotations", None)
     annotations = None
     if isinstance(raw, list):
-        annotations = _read_annotations(raw, images, numbers, {_key(each): each for each in category_ids}, report)
+        annotations = _read_annotations(raw, images, numbers, {key_of(each): each for each in category_ids}, report)
     report.raise_refused()
     report.log()
-    order = sorted(range(len(images)), key=lambda i: _place(images[i].id))
+    order = sorted(range(len(images)), key=lambda i: place_in_order(images[i].id))
     return CocoContent(
         [images[i] for i in order],
         category_ids,
@@ -124,12 +122,14 @@ def _without_collector() -> Iterator[None]:
 
 
 def _parse(json_file: str, report: Report, only: str | None = None) -> dict[str, Any]:
+    # Objects that hold a key twice, and the key.
+    twice: list[tuple[dict[str, Any], str]] = []
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         entry = dict(pairs)
         if len(entry) < len(pairs):
             keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            report.add("key-twice", detail=f"the object with {short(entry)} holds the key {twice!r} twice.")
+            twice.append((entry, next(key for key in keys if keys.count(key) > 1)))
         return entry
 
     try:
@@ -142,6 +142,7 @@ def _parse(json_file: str, report: Report, only: str | None = None) -> dict[str,
     if not isinstance(content, dict):
         report.add("structure", detail=f"the file holds {short(content)}; it must be an object.")
         report.raise_refused()
+    _report_twice(content, twice, report)
     lists = ("images", "categories") if only is None else (only,)
     for name in (*lists, "annotations") if "annotations" in content and only is None else lists:
         if not isinstance(content.get(name), list):
@@ -150,6 +151,19 @@ def _parse(json_file: str, report: Report, only: str | None = None) -> dict[str,
     if content.get("categories") == []:
         report.add("no-categories", detail="it has no categories; list the classes under 'categories'.")
     return content
+
+
+def _report_twice(content: dict[str, Any], twice: list[tuple[dict[str, Any], str]], report: Report) -> None:
+    """Says where the objects stand that hold a key twice: an entry of a list, what is in one, or elsewhere."""
+    places = {}
+    for list_name in ("images", "categories", "annotations") if twice else ():
+        for index, entry in enumerate(content[list_name] if isinstance(content.get(list_name), list) else ()):
+            inside = entry.values() if isinstance(entry, dict) else ()
+            places.update({id(each): (list_name, index, entry) for each in (entry, *inside) if isinstance(each, dict)})
+    for entry, key in twice:
+        place = places.get(id(entry), ())
+        where = "there" if place else "in an object"
+        report.add("key-twice", *place, detail=f"the key {short(key)} stands twice {where}.")
 
 
 def _read_categories(content: dict[str, Any], report: Report) -> tuple[list[Id], list[str]]:
@@ -162,12 +176,12 @@ def _read_categories(content: dict[str, Any], report: Report) -> tuple[list[Id],
             report.add("name-number", "categories", index, category)
             name = str(name)
         elif type(name) is not str or not name:
-            report.add("name", "categories", index, category, f"name is {_found(category, 'name')}; it must be text.")
+            report.add("name", "categories", index, category, f"name is {found_in(category, 'name')}; it must be text.")
             name = "?"
-        id = _read_id(category, "id", "categories", index, category, report)
+        id = read_id(category, "id", "categories", index, category, report)
         if id is None:
             continue
-        key = _key(id)
+        key = key_of(id)
         if key in first:
             other = first[key]
             report.add(
@@ -179,7 +193,7 @@ def _read_categories(content: dict[str, Any], report: Report) -> tuple[list[Id],
             )
             continue
         first[key], names[key], ids[key] = index, name, id
-    order = sorted(ids, key=_place)
+    order = sorted(ids, key=place_in_order)
     class_names = [names[key] for key in order]
     while len(set(class_names)) < len(class_names):
         twice = {name for name in class_names if class_names.count(name) > 1}
@@ -203,7 +217,7 @@ def _read_images(content: dict[str, Any], report: Report) -> tuple[list[Image], 
                 "images",
                 index,
                 image,
-                f"file_name is {_found(image, 'file_name')}; it must be the path of a file.",
+                f"file_name is {found_in(image, 'file_name')}; it must be the path of a file.",
             )
         elif "://" in file_name:
             report.add(
@@ -213,10 +227,10 @@ def _read_images(content: dict[str, Any], report: Report) -> tuple[list[Image], 
         if width * height > MAX_PIXELS:
             report.add("size", "images", index, image, f"{width} × {height} are more than {MAX_PIXELS} pixels.")
             width = height = 0
-        id = _read_id(image, "id", "images", index, image, report)
+        id = read_id(image, "id", "images", index, image, report)
         if id is None:
             continue
-        key = _key(id)
+        key = key_of(id)
         if key in places:
             other = images[places[key]].file_name
             report.add(
@@ -239,7 +253,7 @@ def _read_side(image: dict[str, Any], key: str, index: int, report: Report) -> i
             "images",
             index,
             image,
-            f"{key} is {_found(image, key)}; it must be a whole number of pixels from 1 to {MAX_SIDE}.",
+            f"{key} is {found_in(image, key)}; it must be a whole number of pixels from 1 to {MAX_SIDE}.",
         )
         return 0
     return value
@@ -254,7 +268,7 @@ def _read_annotations(
         raw: the JSON's list.
         images: in the order of the file.
         places: the place of each image's id.
-        categories: the ids of the classes in their order, by `_key`.
+        categories: the ids of the classes in their order, by `key_of`.
         report: takes the findings.
 
     Returns:
@@ -280,9 +294,9 @@ def _read_annotations(
         if id is None:
             note("id-missing", "")
         else:
-            id = _read_id(annotation, "id", "annotations", index, annotation, report)
+            id = read_id(annotation, "id", "annotations", index, annotation, report)
             if id is not None:
-                before = seen.setdefault(_key(id), index)
+                before = seen.setdefault(key_of(id), index)
                 if before != index and unique:
                     note("id-twice", f"the id is that of annotations[{before}], too.")
         place = _referred(annotation, "image_id", image_of, index, report)
@@ -335,10 +349,10 @@ def _referred(
     annotation: dict[str, Any], key: str, known: dict[Id, tuple[int, Id]], index: int, report: Report
 ) -> int | None:
     """The number of the image or category whose id an annotation gives; None if there is none."""
-    id = _read_id(annotation, key, "annotations", index, annotation, report)
+    id = read_id(annotation, key, "annotations", index, annotation, report)
     if id is None:
         return None
-    number, own = known.get(_key(id), (None, id))
+    number, own = known.get(key_of(id), (None, id))
     if number is None:
         list_name = "images" if key == "image_id" else "categories"
         report.add(
@@ -364,7 +378,7 @@ def _read_box(annotation: dict[str, Any], width: int, height: int, note: Note) -
     """[x, y, width, height] with sides of 0 or more, near the image; None if it was refused."""
     value = annotation.get("bbox")
     if type(value) is not list or len(value) != 4 or not NUMBERS.issuperset(map(type, value)):
-        note("bbox", f"bbox is {_found(annotation, 'bbox')}; it must be [x, y, width, height].")
+        note("bbox", f"bbox is {found_in(annotation, 'bbox')}; it must be [x, y, width, height].")
         return None
     far = FAR * max(width, height)
     # An int may be too large for a float; compared, it need not become one.
@@ -394,9 +408,9 @@ def _read_area(
 ) -> float:
     value = annotation.get("area")
     if type(value) in NUMBERS and 0 < value < math.inf:
-        return float(value) if value < _MAX_EXACT else float(_MAX_EXACT)
+        return float(value) if value < MAX_EXACT else float(MAX_EXACT)
     if value is None or (type(value) in NUMBERS and value == 0):
-        note("area-missing", f"area is {_found(annotation, 'area')}")
+        note("area-missing", f"area is {found_in(annotation, 'area')}")
         return float((mask and area_of(mask, width, height)) or box[2] * box[3])
     note("area", f"area is {short(value)}; it must be a number of pixels.")
     return 0.0
@@ -410,35 +424,3 @@ def _objects(content: dict[str, Any], list_name: str, report: Report):
             yield index, entry
         else:
             report.add("structure", list_name, index, None, f"{short(entry)} is no object.")
-
-
-def _read_id(entry: dict[str, Any], key: str, list_name: str, index: int, place: Any, report: Report) -> Id | None:
-    id = entry.get(key)
-    if type(id) is int:
-        return id
-    if type(id) is str and id:
-        report.add("id-text", list_name, index, place, f"{key} is {short(id)}")
-        return id
-    # A larger float may stand for several whole numbers.
-    if type(id) is float and id.is_integer() and abs(id) <= _MAX_EXACT:
-        report.add("id-float", list_name, index, place, f"{key} is {short(id)}")
-        return int(id)
-    report.add("id", list_name, index, place, f"{key} is {_found(entry, key)}; it must be a number or text.")
-    return None
-
-
-def _key(id: Id) -> Id:
-    """What ids are compared by: 1 and "1" are the same, "01" is another one."""
-    if type(id) is str and len(id) < 20 and id.isascii() and id.lstrip("-").isdigit() and str(int(id)) == id:
-        return int(id)
-    return id
-
-
-def _place(id: Id) -> tuple[bool, int, str]:
-    """Sorts ids: numbers and text of digits by value, then other text by its letters."""
-    is_number = type(id) is int or (len(id) < 20 and id.isascii() and id.isdigit())
-    return (False, int(id), str(id)) if is_number else (True, 0, id)
-
-
-def _found(entry: dict[str, Any], key: str) -> str:
-    return short(entry[key]) if key in entry else "missing"

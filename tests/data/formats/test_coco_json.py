@@ -113,7 +113,7 @@ REFUSED = [
     (
         "key-twice",
         json.dumps(content()).replace('"iscrowd": 0', '"iscrowd": 0, "bbox": [1, 2, 3, 4]', 1),
-        "key 'bbox' twice",
+        r"annotations\[0\] \(id 1, image_id 1\): the key 'bbox' stands twice there",
     ),
     *[("id", with_("images", id=value), r"images\[1\] .*id is") for value in (None, True, 1.5, "", [1], {}, NAN, 1e30)],
     ("id", without("images", "id"), r"images\[1\] \(file_name '2.jpg'\): id is missing"),
@@ -467,7 +467,7 @@ def test_a_report_is_quick_whatever_it_reports(tmp_path):
     text = json.dumps(changed)
     start = time.process_time()
     assert len(read(tmp_path, changed).annotations[0]) == 4_000
-    with pytest.raises(ValueError, match=r"the object with \{'annotations': \[\{.* holds the key 'images' twice"):
+    with pytest.raises(ValueError, match=r"the key 'images' stands twice in an object"):
         read(tmp_path, text[:-1] + ', "images": []}')
     assert time.process_time() - start < 10
 
