@@ -49,11 +49,7 @@ class BoxHabits:
         if x <= 1 and y <= 1 and w <= 1 and h <= 1 and any(side % 1 for side in box) and max(width, height) > 2:
             self.fractions += 1
             kinds.append("fractions")
-        if not _is_inside((x, y, x + w, y + h), width, height):
-            self.leaving += 1
-            kinds.append("leaving")
-            for name, reading in _READINGS.items():
-                self.fit_image[name] += _is_inside(reading(x, y, w, h), width, height)
+        agreement = 0.0
         if extent is not None:
             self.masked += 1
             agreement = _agreement((x, y, x + w, y + h), extent)
@@ -64,6 +60,12 @@ class BoxHabits:
                 for name, reading in _READINGS.items():
                     other = _agreement(reading(x, y, w, h), extent)
                     self.fit_mask[name] += other >= 0.7 and other > agreement + 0.2
+        # Where its mask is with it, a box is right, wherever it is.
+        if agreement < 0.8 and not _is_inside((x, y, x + w, y + h), width, height):
+            self.leaving += 1
+            kinds.append("leaving")
+            for name, reading in _READINGS.items():
+                self.fit_image[name] += _is_inside(reading(x, y, w, h), width, height)
         for kind in kinds:
             if kind not in self.first:
                 self.first[kind] = _seen(box, extent, width, height, index, annotation)

@@ -285,6 +285,12 @@ def test_boxes_without_masks_that_look_like_corners_are_refused(tmp_path):
     message = r"3 of 4 boxes leave their image, such as \[40, 20, 75, 45\] of annotations\[0\] .*3 of these .* corners"
     with pytest.raises(ValueError, match=message):
         read(tmp_path, changed)
+    # Cut from a larger image, objects leave it with their masks.
+    for annotation in changed["annotations"]:
+        annotation["segmentation"] = [square(*annotation["bbox"])]
+    assert len(read(tmp_path, changed).annotations[2]) == 1
+    for annotation in changed["annotations"]:
+        del annotation["segmentation"]
     changed["annotations"][0]["bbox"] = changed["annotations"][1]["bbox"] = [10, 10, 30, 20]
     assert len(read(tmp_path, changed).annotations[2]) == 1
 
