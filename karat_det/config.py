@@ -3,8 +3,9 @@
 The defaults are those of ViT-Base at 224 × 224 with one universal Fourier operator of grid size 1 (G1U).
 Detectron2's own keys keep Detectron2's defaults: what a family of models changes of them stands in its base YAML file.
 Without effect are those of what is replaced here: INPUT.MIN_SIZE_* and MAX_SIZE_* (images are resized as INPUT.RESIZE
-says), DATALOADER.ASPECT_RATIO_GROUPING (neither batch nor processes change the order of images), and SOLVER.MOMENTUM,
-NESTEROV, BIAS_LR_FACTOR, WEIGHT_DECAY_NORM and WEIGHT_DECAY_BIAS (the optimiser is AdamW).
+says) and DATALOADER.ASPECT_RATIO_GROUPING (neither batch nor processes change the order of images). Refused where they
+are set are SOLVER.MOMENTUM, NESTEROV, BIAS_LR_FACTOR, WEIGHT_DECAY_NORM and WEIGHT_DECAY_BIAS (the optimiser is AdamW),
+and the others of _WITHOUT_EFFECT in engine/checks.py. Ranges are in engine/ranges.py: of every key, by its name.
 """
 
 from dataclasses import fields

@@ -239,6 +239,11 @@ def _check_sizes(cfg: CfgNode) -> None:
         raise ValueError(
             f"MODEL.VIT.EMBED_DIM is {vit.EMBED_DIM}, which MODEL.VIT.NUM_HEADS, {vit.NUM_HEADS}, does not divide."
         )
+    if vit.EMBED_DIM < 4:
+        raise ValueError(
+            f"MODEL.VIT.EMBED_DIM is {vit.EMBED_DIM}. It must be at least 4: the finest level of the pyramid has a "
+            "quarter of the channels."
+        )
     for section, key in (("VIT", "WINDOW_BLOCKS"), ("KARAT", "BLOCKS")):
         foreign = [index for index in cfg.MODEL[section][key] if index not in range(vit.DEPTH)]
         if foreign:
@@ -257,6 +262,11 @@ def _check_sizes(cfg: CfgNode) -> None:
         raise ValueError(
             f"MODEL.VIT.PATCH_SIZE is {vit.PATCH_SIZE}, the first of MODEL.VIT.SCALE_FACTORS {vit.SCALE_FACTORS[0]}: "
             f"the finest level of the pyramid would have a stride of {finest_stride:g} pixels. It must be a power of 2."
+        )
+    if not cfg.MODEL.FPN.NORM and vit.SCALE_FACTORS[0] == SCALE_FACTORS[0]:
+        raise ValueError(
+            "MODEL.FPN.NORM is ''. The finest level of SimpleFeaturePyramid has a norm between its two layers: it must "
+            f"be LN, as in ViTDet, or GN or BN; or MODEL.VIT.SCALE_FACTORS begins below {SCALE_FACTORS[0]}."
         )
     if not karat.ENABLED:
         return

@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from detectron2.checkpoint import DetectionCheckpointer
+from fvcore.common.checkpoint import Checkpointer
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -139,8 +140,11 @@ class SafeCheckpointer(DetectionCheckpointer):
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Detectron2's; a ValueError names the file."""
+        # Detectron2 takes what follows a question mark for options, as in an address, and a colon for the end of one's
+        # scheme.
+        is_plain = "://" in path or urlparse(path)._replace(query="").geturl() == path
         try:
-            return super().load(path, checkpointables)
+            return (DetectionCheckpointer if is_plain else Checkpointer).load(self, path, checkpointables)
         except ValueError as error:
             message = str(error)
             raise ValueError(message if message.startswith(path) else f"{path}: {message}") from error
@@ -301,7 +305,7 @@ def check_weights_file(path: str, key: str = "MODEL.WEIGHTS") -> None:
         )
     if kind := not_a_file(path):
         raise FileNotFoundError(f"{key} is {path!r}, which is {kind}, and must be a file ({os.path.abspath(path)}).")
-    if not urlparse(path).scheme and not os.path.isfile(path):
+    if "://" not in path and not os.path.isfile(path):
         raise FileNotFoundError(f"{key} is {path!r}, but there is no such file ({os.path.abspath(path)}). Name one.")
 
 

@@ -123,14 +123,15 @@ def _literal(text: str, is_text: bool) -> Any:
     return text if is_text and isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-def _converted(value: Any, example: Any) -> Any:
+def _converted(value: Any, example: Any, is_item: bool = False) -> Any:
     kind = type(example)
     if kind in (list, tuple):
         if type(value) not in (list, tuple):
             raise TypeError
-        return kind(_converted(item, example[0]) if example else item for item in value)
+        return kind(_converted(item, example[0], is_item=True) if example else item for item in value)
     if kind is float and type(value) is int:
-        value = float(value)
+        # Within lists they stay as they are written, since messages show them.
+        return value if is_item else float(value)
     if type(value) is not kind or (kind is float and math.isnan(value)) or (kind is str and "\0" in value):
         raise TypeError
     return value

@@ -39,6 +39,7 @@ from ..data.classification import NO_LABEL, LabelledImages, build_datasets
 from . import signals
 from .checks import check_pretrain_config, mixes_labels
 from .hooks import LAST, evaluate_safely
+from .model_check import check_room
 from .optimizer import FULL_MODEL, NO_WEIGHT_DECAY
 from .order import CountedLoader, EpochBatches, ImageOrder, SeededImages
 from .processes import agree
@@ -96,7 +97,7 @@ class Pretrainer(TrainerBase):
         self.cfg = cfg
         with torch.device("meta"):
             # Checks MODEL in a moment, before the data is read.
-            build_classifier(cfg, num_classes=1)
+            check_room(cfg, build_classifier(cfg, num_classes=1), training=True)
         rank, world_size = comm.get_rank(), comm.get_world_size()
         train, val = build_datasets(cfg, rank, world_size)
         # One seed then starts all processes alike, whatever was drawn before.

@@ -4,18 +4,19 @@ import argparse
 import itertools
 import logging
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import build_model
 
 from ..config import add_karat_config
 from ..data.registration import check_datasets, register_from_config
 from ..yaml_file import read_config
 from .checks import check_detector_config
 from .config_values import merge_values
+from .model_check import check_model
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def merge(cfg: CfgNode, config_file: str, opts: list[str]) -> None:
         except ValueError as error:
             raise ValueError(str(error) if str(error).startswith(config_file) else f"{config_file}: {error}") from None
     merge_values(cfg, {}, opts)
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+    if re.fullmatch(r"cuda(:\d+)?", cfg.MODEL.DEVICE) and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     if cfg.MODEL.DEVICE == "cpu" and "SOLVER.AMP.ENABLED" not in opts:
         # Most CPUs emulate bfloat16, at a quarter of float32's speed.
@@ -118,13 +119,7 @@ def check_model_and_datasets(cfg: CfgNode, training: bool) -> None:
     Raises:
         ValueError, FileNotFoundError: sizes of the model do not fit each other, or see `check_datasets`.
     """
-    on_cpu = cfg.clone()
-    on_cpu.defrost()
-    on_cpu.MODEL.DEVICE = "cpu"
-    try:
-        build_model(on_cpu)
-    except (KeyError, AssertionError) as error:  # Detectron2's, where a name is in no registry or a length is wrong
-        raise ValueError(f"The model of this config cannot be built: {error}") from None
+    check_model(cfg, training)
     check_datasets(cfg, training)  # Last: a model's mistakes should not wait until a dataset is there.
 
 
