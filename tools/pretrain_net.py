@@ -13,11 +13,11 @@ if __name__ == "__main__":
 import karat_det  # noqa: F401  before Detectron2, whose imports warn of their own old calls
 
 # isort: split
-from detectron2.engine import default_argument_parser, default_setup
+from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 
 from karat_det.checkpoint.loading import check_weights_file
+from karat_det.engine.full_disk import start_log
 from karat_det.engine.output_dir import claims
 from karat_det.engine.pretraining import Pretrainer, evaluate_file, load_pretrain_cfg
 from karat_det.engine.processes import goes_on, run_distributed, take_folder
@@ -36,8 +36,7 @@ def main(args):
         if not args.eval_only:
             take_folder(cfg.OUTPUT_DIR)
         comm.synchronize()
-        default_setup(cfg, args)
-        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="karat_det")
+        start_log(cfg, args)
         log_device(cfg, args.num_gpus)
         if args.eval_only:
             evaluate_file(cfg, args.init_from)

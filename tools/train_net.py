@@ -9,13 +9,13 @@ if __name__ == "__main__":
 import karat_det  # noqa: F401  before Detectron2, whose imports warn of their own old calls
 
 # isort: split
-from detectron2.engine import default_argument_parser, default_setup
+from detectron2.engine import default_argument_parser
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 
 from karat_det.checkpoint.loading import SafeCheckpointer, check_weights_file
 from karat_det.data.registration import load_checked_test_dicts
+from karat_det.engine.full_disk import full_disk_named, start_log
 from karat_det.engine.output_dir import claims
 from karat_det.engine.processes import goes_on, run_distributed, take_folder
 from karat_det.engine.setup import check_model_and_datasets, load_cfg, log_device, parse_command
@@ -38,8 +38,7 @@ def main(args):
         if not args.eval_only:
             take_folder(cfg.OUTPUT_DIR)
         comm.synchronize()
-        default_setup(cfg, args)
-        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="karat_det")
+        start_log(cfg, args)
         log_device(cfg, args.num_gpus)
         if args.eval_only:
             model = Trainer.build_model(cfg)
@@ -53,7 +52,8 @@ def main(args):
         sys.exit(f"error: {error}")
 
     if args.eval_only:
-        results = Trainer.test(cfg, model)
+        with full_disk_named(cfg.OUTPUT_DIR):
+            results = Trainer.test(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)
     else:

@@ -54,14 +54,17 @@ def write_checkpoint(content: dict[str, Any], folder: str, name: str) -> str:
     """
     path = os.path.join(folder, name)
     os.makedirs(folder, exist_ok=True)
-    needed, free = size_of(content), shutil.disk_usage(folder).free
+    last = last_named(folder)
+    # Beside its tensors a checkpoint has names and numbers.
+    needed = max(size_of(content), os.path.getsize(last) if os.path.isfile(last) else 0)
+    free = shutil.disk_usage(folder).free
     try:
         write_whole(path, lambda partial: torch.save(content, partial))
         write_whole(os.path.join(folder, LAST), lambda partial: Path(partial).write_text(name, encoding="utf-8"))
-    except (OSError, RuntimeError) as error:  # torch's own, where a disk is full
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition("\n")[0]
-        if free < needed:
-            reason = "the disk is full"  # of which torch says less
+    except (OSError, RuntimeError) as error:
+        # Of what torch raises itself, the text is of its own files' offsets.
+        full = "it cannot be written to its end, as where a disk is full"
+        reason = (error.strerror or str(error)) if isinstance(error, OSError) else full
         raise OSError(
             f"Cannot save {path}: {reason}. It needs {_size(needed)}, and the disk has {_size(free)} free. "
             f"{say_last_good(folder)} Make room, and go on with --resume."
@@ -98,6 +101,17 @@ def say_last_good(folder: str) -> str:
     """Says which checkpoint of a run is the last good one, or that there is none."""
     named = last_named(folder)
     return f"The last good checkpoint is {named}." if named else "No checkpoint was saved before: there is none."
+
+
+def say_room(folder: str) -> str:
+    """Says how much room the disk of a run's folder has, and how much a checkpoint of the run needs."""
+    existing = folder
+    while existing and not os.path.isdir(existing):
+        existing = os.path.dirname(existing)
+    free = _size(shutil.disk_usage(existing or ".").free)
+    last = last_named(folder)
+    needs = f"; a checkpoint needs {_size(os.path.getsize(last))}" if os.path.isfile(last) else ""
+    return f"The disk has {free} free{needs}: make room."
 
 
 def last_named(folder: str) -> str:

@@ -8,6 +8,7 @@ from detectron2.engine.hooks import EvalHook, HookBase
 from ..checkpoint.loading import SafeCheckpointer
 from ..checkpoint.run_folder import keep_last
 from . import signals
+from .full_disk import is_full
 from .processes import RunFailed, agree, is_loss
 
 # Name of the checkpoint that is saved between the numbered ones, each in place of the one before.
@@ -102,7 +103,7 @@ def evaluate_safely(evaluate, iteration: int, checkpointer: SafeCheckpointer):
         with signals.awaited(False):
             return evaluate()
     except Exception as error:
-        if is_loss(error):
+        if is_loss(error) or is_full(error):
             raise
         raise RunFailed(
             f"The evaluation after iteration {iteration} failed: {type(error).__name__}: "

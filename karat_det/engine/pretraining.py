@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import TrainerBase, create_ddp_model
-from detectron2.engine.hooks import HookBase, IterationTimer, PeriodicWriter
+from detectron2.engine.hooks import HookBase, IterationTimer
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter, get_event_storage
@@ -38,6 +38,7 @@ from ..config import pretrain_config
 from ..data.classification import NO_LABEL, LabelledImages, build_datasets
 from . import signals
 from .checks import check_pretrain_config, mixes_labels
+from .full_disk import Writers, full_disk_named
 from .hooks import LAST, evaluate_safely
 from .model_check import check_room
 from .optimizer import FULL_MODEL, NO_WEIGHT_DECAY
@@ -162,8 +163,8 @@ class Pretrainer(TrainerBase):
             end_metrics(f"{folder}/metrics.json")
             writers = [ProgressLine(self), JSONWriter(f"{folder}/metrics.json"), TensorboardXWriter(folder)]
             # The storage keeps the last of each figure: those of an epoch must be written before the next one's.
-            self.register_hooks([PeriodicWriter(writers, period=min(20, self.epoch_length))])
-        with signals.awaited():
+            self.register_hooks([Writers(writers, period=min(20, self.epoch_length))])
+        with signals.awaited(), full_disk_named(self.cfg.OUTPUT_DIR):
             super().train(self.start_iter, self.max_iter)
 
     def run_step(self) -> None:

@@ -12,7 +12,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, SimpleTrainer, TrainerBase, create_ddp_model
-from detectron2.engine.hooks import EvalHook, HookBase, LRScheduler, PeriodicCheckpointer
+from detectron2.engine.hooks import EvalHook, HookBase, LRScheduler, PeriodicCheckpointer, PeriodicWriter
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch.nn.parallel import DistributedDataParallel
@@ -24,6 +24,7 @@ from ..data.registration import load_checked_dicts
 from ..evaluation.coco import FasterCOCOEvaluator
 from . import signals
 from .divergence import Divergence
+from .full_disk import Writers, full_disk_named
 from .hooks import Checkpoints, Evaluation
 from .optimizer import FULL_MODEL, build_optimizer, load_optimizer_state, optimizer_state
 from .order import CountedLoader, SeededImages, build_order
@@ -72,6 +73,7 @@ class Trainer(DefaultTrainer):
             self.checkpointer, solver.CHECKPOINT_PERIOD, solver.CHECKPOINT_MINUTES, solver.KEEP_CHECKPOINTS
         )
         hooks = [Rates() if isinstance(hook, LRScheduler) else hook for hook in hooks]
+        hooks = [Writers(hook._writers) if isinstance(hook, PeriodicWriter) else hook for hook in hooks]
         index = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
         hooks[index : index + 1] = [checkpoints, Evaluation(hooks[index], checkpoints)]
         if metric := best_metric(self.cfg):
@@ -93,7 +95,7 @@ class Trainer(DefaultTrainer):
 
     def train(self) -> None:
         """Trains. The first signal, see karat_det.engine.signals, ends it with a checkpoint."""
-        with signals.awaited():
+        with signals.awaited(), full_disk_named(self.cfg.OUTPUT_DIR):
             super().train()
 
     def after_train(self) -> None:
