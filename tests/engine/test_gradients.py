@@ -10,6 +10,8 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from forked import in_processes
 
+from karat_det.backbones.classifiers import build_classifier
+from karat_det.engine.pretraining import WithLoss, load_pretrain_cfg
 from karat_det.engine.setup import load_cfg
 
 # Every anchor and proposal counts, so that none is drawn, and each image has as many.
@@ -71,6 +73,16 @@ def gradients(cfg, images, terms):
     return {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
 
 
+def classifier_gradients(cfg, images, labels):
+    """Of a classifier's loss over this process's share."""
+    torch.manual_seed(0)
+    with_loss = WithLoss(build_classifier(cfg, num_classes=5), cfg).train()
+    in_parallel = create_ddp_model(with_loss, broadcast_buffers=False, device_ids=None)
+    share = slice(comm.get_rank(), None, comm.get_world_size())
+    in_parallel((images[share], labels[share]))["loss"].backward()
+    return {name: parameter.grad.numpy() for name, parameter in with_loss.named_parameters()}
+
+
 def distance(some, others):
     """Largest difference of two gradients, over the largest entry of the first."""
     assert some.keys() == others.keys()
@@ -82,6 +94,17 @@ def test_gradients_of_two_processes_are_those_of_one_where_losses_are_means_over
     alone = gradients(cfg, images, MEANS_OVER_ALL)
     first, second = in_processes(tmp_path, 2, gradients, cfg, images, MEANS_OVER_ALL)
     assert distance(first, second) == 0
+    assert distance(alone, first) < 1e-6
+
+
+def test_a_classifiers_gradients_of_two_processes_are_those_of_one(tmp_path):
+    sizes = "MODEL.IMG_SIZE 16 MODEL.PATCH_SIZE 8 MODEL.EMBED_DIM 12 MODEL.DEPTH 2 MODEL.NUM_HEADS 2 MODEL.KARAT.RANK 3"
+    cfg = load_pretrain_cfg("", [*sizes.split(), "MODEL.DEVICE", "cpu", "MODEL.DROP_PATH_RATE", "0.0"])
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(6, 3, 16, 16, generator=generator)
+    labels = torch.rand(6, 5, generator=generator).softmax(dim=1)
+    alone = classifier_gradients(cfg, images, labels)
+    first, _ = in_processes(tmp_path, 2, classifier_gradients, cfg, images, labels)
     assert distance(alone, first) < 1e-6
 
 
