@@ -35,6 +35,8 @@ _MAX_LINES = 20
 _MAX_NAMES = 5
 # More than there are cores: on network storage, the time goes into waiting.
 _NUM_THREADS = 16
+# Pixels of all images that are decoded at once: some 2 GB.
+_PIXELS_AT_ONCE = 1 << 28
 _CHUNK = 200
 # Bytes at the end of a PNG in which to look for its last IDAT chunk.
 _TAIL = 1 << 16
@@ -126,7 +128,9 @@ def _problems(records: Sequence[dict[str, Any]], json_file: str | None) -> list[
         else:
             (deep.setdefault(header.deep, []) if header.deep else good).append(record["file_name"])
     sampled = [path for group in (good, *deep.values()) for path in spread(group, NUM_SAMPLED)]
-    for error in _in_threads(_pixel_error, sampled, "Reading images", chunk=4):
+    largest = max((header.width * header.height for header in headers if isinstance(header, Header)), default=1)
+    threads = max(1, min(_NUM_THREADS, os.cpu_count() or 1, _PIXELS_AT_ONCE // max(1, largest)))
+    for error in _in_threads(_pixel_error, sampled, "Reading images", chunk=4, num_threads=threads):
         if error:
             problems.append(_Problem(OSError, str(error)))
     if not problems:
@@ -139,12 +143,16 @@ def _problems(records: Sequence[dict[str, Any]], json_file: str | None) -> list[
 
 
 def _in_threads(
-    function: Callable[[_Given], _Found], items: Sequence[_Given], title: str, chunk: int = _CHUNK
+    function: Callable[[_Given], _Found],
+    items: Sequence[_Given],
+    title: str,
+    chunk: int = _CHUNK,
+    num_threads: int = _NUM_THREADS,
 ) -> Iterator[_Found]:
     """Applies a function to each of many items, in order."""
     chunks = [items[start : start + chunk] for start in range(0, len(items), chunk)]
     bar = tqdm(total=len(items), unit="image", desc=title, delay=1, leave=False, disable=not comm.is_main_process())
-    with bar, ThreadPoolExecutor(_NUM_THREADS) as threads:
+    with bar, ThreadPoolExecutor(num_threads) as threads:
         for results in threads.map(lambda part: [function(item) for item in part], chunks):
             bar.update(len(results))
             yield from results

@@ -254,8 +254,11 @@ def _with_compared_checksums(chunks: bytes) -> bytes:
         start = end + 4
     if place_of_pixels:
         stored = zlib.compress(_inflated(pixels, bytes(view[8:21])), 0)
-        body = b"IDAT" + stored
-        kept.insert(place_of_pixels, struct.pack(">I", len(stored)) + body + struct.pack(">I", zlib.crc32(body)))
+        checksum = zlib.crc32(stored, zlib.crc32(b"IDAT"))
+        kept[place_of_pixels:place_of_pixels] = (
+            *(struct.pack(">I", len(stored)), b"IDAT", stored),
+            struct.pack(">I", checksum),
+        )
     return b"".join(kept)
 
 
