@@ -88,13 +88,14 @@ def records_of(name: str) -> list[Record]:
 
 
 def content_of(name: str) -> CocoContent:
-    """What a dataset's JSON holds, as it was loaded, else read now."""
+    """What a dataset's JSON holds, as it was loaded, else read now. Its records may come from elsewhere."""
     return _loaded[name].content if name in _loaded else _read(name)
 
 
 def _read(name: str) -> CocoContent:
     content = read_coco(PathManager.get_local_path(MetadataCatalog.get(name).json_file), source_of(name))
-    _set_classes(name, content.category_ids, content.class_names)
+    if is_coco(name):
+        _set_classes(name, content.category_ids, content.class_names)
     logger.info("Loaded %d images in COCO format from %s", len(content.images), source_of(name))
     return content
 

@@ -25,7 +25,7 @@ from faster_coco_eval import COCO, COCOeval_faster, __version__
 from pycocotools.coco import COCO as PlainCOCO
 
 from ..data.coco_datasets import content_of, source_of
-from ..data.formats.coco import CocoContent
+from ..data.formats.coco import CocoContent, read_coco
 
 logger = logging.getLogger(__name__)
 
@@ -67,14 +67,16 @@ class FasterCOCOEvaluator(COCOEvaluator):
         self._tasks = tasks
         self._cpu_device = torch.device("cpu")
         self._metadata = MetadataCatalog.get(dataset_name)
-        if not self._metadata.get("json_file"):
-            if output_dir is None:
-                raise ValueError(f"Dataset {dataset_name!r} is not in COCO format. To convert it, name an output_dir.")
+        self._source = source_of(dataset_name)
+        if self._metadata.get("json_file") and self._metadata.get("evaluator_type", "coco") == "coco":
+            content = content_of(dataset_name)
+        elif output_dir is None:
+            raise ValueError(f"Dataset {dataset_name!r} is not in COCO format. To convert it, name an output_dir.")
+        else:
             json_file = os.path.join(output_dir, f"{dataset_name}_coco_format.json")
             convert_to_coco_json(dataset_name, json_file, allow_cached=False)
-            self._metadata.json_file = json_file
-        self._source = source_of(dataset_name)
-        content = self._content = content_of(dataset_name)
+            content = read_coco(json_file, self._source)
+        self._content = content
         self._do_evaluation = content.annotations is not None
         # Classes are numbered in the order of their ids, unless the dataset was registered with another order.
         order = self._metadata.get("thing_dataset_id_to_contiguous_id", {})

@@ -510,6 +510,29 @@ def test_proposals_are_measured_by_the_datasets_own_ids(named_dataset, tmp_path)
     assert evaluate(evaluator, pairs)["box_proposals"]["AR@100"] == pytest.approx(100)
 
 
+def test_a_json_whose_records_come_from_elsewhere_keeps_the_order_of_their_classes(named_dataset, tmp_path):
+    rng = np.random.default_rng(15)
+    dataset = random_dataset(rng, num_images=3, num_classes=2, crowds=False)
+    pairs = as_outputs(dataset, perturbed(dataset, rng, score_levels=5, copies=3))
+    name = named_dataset(dataset)
+    expected = evaluate(FasterCOCOEvaluator(name, TASKS, distributed=False), pairs)
+    last = len(dataset["categories"]) - 1
+    for _, outputs in pairs:
+        outputs["instances"].pred_classes = last - outputs["instances"].pred_classes
+    other = f"{name}_reversed"
+    MetadataCatalog.get(other).set(
+        json_file=MetadataCatalog.get(name).json_file,
+        thing_classes=MetadataCatalog.get(name).thing_classes[::-1],
+        thing_dataset_id_to_contiguous_id={each["id"]: last - i for i, each in enumerate(dataset["categories"])},
+    )
+    try:
+        found = evaluate(FasterCOCOEvaluator(other, TASKS, distributed=False), pairs)
+    finally:
+        MetadataCatalog.remove(other)
+    assert found == approximately(expected)
+    assert expected["bbox"]["AP-class 0"] != expected["bbox"]["AP-class 1"]
+
+
 def test_datasets_of_other_formats_are_converted(named_dataset, tmp_path):
     rng = np.random.default_rng(14)
     dataset = random_dataset(rng, num_images=2, num_classes=2, crowds=True)

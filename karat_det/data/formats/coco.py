@@ -8,6 +8,7 @@ import gc
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -132,6 +133,8 @@ def _parse(json_file: str, report: Report, only: str | None = None) -> dict[str,
             twice.append((entry, next(key for key in keys if keys.count(key) > 1)))
         return entry
 
+    if os.path.exists(json_file) and not os.path.isfile(json_file):
+        raise ValueError(f"{report.source} is a folder or a pipe, where a JSON file is needed.")
     try:
         with open(json_file, "rb") as file:
             encoding = json.detect_encoding(file.read(4))

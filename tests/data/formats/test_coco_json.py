@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import math
+import os
 import re
 import time
 from pathlib import Path
@@ -493,6 +494,15 @@ def test_what_is_no_json_is_named(tmp_path, text, encoding):
     path.write_bytes(text.encode(encoding))
     with pytest.raises(ValueError, match=r"some\.json is not a JSON file"):
         read_coco(str(path))
+
+
+def test_what_is_no_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    for name in ("pipe.json", ""):
+        with pytest.raises(ValueError, match="is a folder or a pipe"):
+            read_coco(str(tmp_path / name))
+    with pytest.raises(FileNotFoundError):
+        read_coco(str(tmp_path / "absent.json"))
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32-le"])
