@@ -58,7 +58,9 @@ def check_training(
 
     Raises:
         Skip: there is not enough memory for the last of batch_sizes.
+        RuntimeError: there is no such device.
     """
+    _check_device(device)
     fixed = ["MODEL.DEVICE", device, "SOLVER.AMP.ENABLED", "True", "SOLVER.WARMUP_ITERS", "0"]
     cfgs = {
         name: load_cfg(str(config_file), [*opts, *fixed, "MODEL.KARAT.ENABLED", enabled], own_data_needed=False)
@@ -73,6 +75,12 @@ def check_training(
         return _rows_of_training(cfgs["KArAt"], config_file, batch_size, softmax, karat)
     images = "1 image" if batch_sizes[-1] == 1 else f"{batch_sizes[-1]} images"
     raise Skip(f"a step of {images} needs more memory than this GPU's {_memory(device) / 2**30:.1f} GiB")
+
+
+def _check_device(device: str) -> None:
+    """Raises RuntimeError where there is no such device: configs and commands would quietly take the CPU."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("PyTorch finds no GPU in the process of this check, though one was there when all began.")
 
 
 def _memory(device: str) -> int:
@@ -141,7 +149,11 @@ def check_resume(device: str, root: Path, opts: Sequence[str], folder: Path) -> 
         root: of the working copy.
         opts: overrides of configs/quickstart.yaml.
         folder: an existing one, for what is written and removed again.
+
+    Raises:
+        RuntimeError: there is no such device, or the command failed.
     """
+    _check_device(device)
     with tempfile.TemporaryDirectory(dir=folder) as runs:
         return _resume(device, root, opts, Path(runs))
 

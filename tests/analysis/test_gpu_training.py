@@ -137,6 +137,14 @@ def test_more_processes_than_gpus_are_skipped(tmp_path):
         check_processes("cuda", tmp_path, [], tmp_path)
 
 
+def test_nothing_trains_on_the_cpu_instead(tmp_path, configs):
+    """As configs and tools/train_net.py do where there is no GPU."""
+    with pytest.raises(RuntimeError, match="finds no GPU"):
+        check_training("cuda", configs / "quickstart.yaml", SMALL_MODEL, [2])
+    with pytest.raises(RuntimeError, match="finds no GPU"):
+        check_resume("cuda", configs.parent, SMALL_MODEL, tmp_path)
+
+
 def test_a_run_that_fails_is_an_error(tmp_path, configs):
     shutil.copytree(configs, tmp_path / "configs")
     (tmp_path / "tools").mkdir()
