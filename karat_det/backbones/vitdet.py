@@ -244,6 +244,11 @@ def _check_sizes(cfg: CfgNode) -> None:
             f"MODEL.VIT.EMBED_DIM is {vit.EMBED_DIM}. It must be at least 4: the finest level of the pyramid has a "
             "quarter of the channels."
         )
+    if vit.PRETRAIN_IMG_SIZE < vit.PATCH_SIZE:
+        raise ValueError(
+            f"MODEL.VIT.PRETRAIN_IMG_SIZE is {vit.PRETRAIN_IMG_SIZE}. It must be at least MODEL.VIT.PATCH_SIZE, "
+            f"{vit.PATCH_SIZE}."
+        )
     for section, key in (("VIT", "WINDOW_BLOCKS"), ("KARAT", "BLOCKS")):
         foreign = [index for index in cfg.MODEL[section][key] if index not in range(vit.DEPTH)]
         if foreign:

@@ -16,6 +16,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.build import filter_images_with_only_crowd_annotations, print_instances_class_histogram
 
+from ..checkpoint.inspection import not_a_file
 from .coco_datasets import Record, is_coco, load_coco, register_coco, source_of
 from .digits import DIGITS_NAMES, generate_digits
 from .formats.coco import read_categories
@@ -70,8 +71,10 @@ def register_from_config(cfg: CfgNode) -> None:
 
 
 def _missing(key: str, name: str, path: str, kind: str) -> str:
+    other = not_a_file(path) if kind == "file" else ""
     return (
-        f"{key} is {path!r}, for the dataset {name!r}, but there is no such {kind} ({os.path.abspath(path)}). "
+        f"{key} is {path!r}, for the dataset {name!r}, but {f'it is {other}: ' * bool(other)}there is no such {kind} "
+        f"({os.path.abspath(path)}). "
         "Correct the path; a relative one starts at the current folder."
     )
 

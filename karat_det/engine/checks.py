@@ -190,6 +190,11 @@ def _check_lists_that_belong_together(cfg: CfgNode) -> None:
             f"SOLVER.STEPS is {solver.STEPS}. There must be fewer of them than iterations, SOLVER.MAX_ITER "
             f"{solver.MAX_ITER}."
         )
+    if solver.RESCALE_INTERVAL and solver.WARMUP_ITERS >= solver.MAX_ITER:
+        raise ValueError(
+            f"SOLVER.RESCALE_INTERVAL is True, which leaves SOLVER.WARMUP_ITERS, {solver.WARMUP_ITERS}, out of the "
+            f"schedule: it must be below SOLVER.MAX_ITER, {solver.MAX_ITER}."
+        )
     if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and len(cfg.INPUT.MIN_SIZE_TRAIN) != 2:
         raise ValueError(
             f"INPUT.MIN_SIZE_TRAIN is {cfg.INPUT.MIN_SIZE_TRAIN}. With INPUT.MIN_SIZE_TRAIN_SAMPLING range it must be "

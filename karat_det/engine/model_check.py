@@ -154,6 +154,9 @@ def _check_names(cfg: CfgNode) -> None:
         known = [name for name, _ in _REGISTRIES[key] if name not in _UNFIT]
         if values[key] not in known:
             raise ValueError(f"{_CANNOT}{key} is {shown(values[key])}. Known: {', '.join(sorted(known))}.")
+    box_head = cfg.MODEL.ROI_BOX_HEAD
+    if "MODEL.ROI_BOX_HEAD.NAME" in used and not box_head.NUM_CONV + box_head.NUM_FC:
+        raise ValueError(f"{_CANNOT}MODEL.ROI_BOX_HEAD.NUM_CONV and NUM_FC are 0. One of them must be at least 1.")
     for key, value in values.items():
         if key.endswith(".NORM") and value not in _NORMS:
             raise ValueError(f"{_CANNOT}{key} is {value!r}. Known: {', '.join(map(repr, _NORMS))}.")

@@ -121,7 +121,7 @@ _RANGES = (
     ("SOLVER.CLIP_GRADIENTS.NORM_TYPE", _Range(1, math.inf)),
     ("SOLVER.WARMUP_ITERS SOLVER.WARMUP_EPOCHS *.KEEP_CHECKPOINTS VIS_PERIOD", _Range(0, _COUNT)),
     ("SOLVER.CHECKPOINT_MINUTES", _Range(0, 1e6)),
-    ("TEST.CROP_RATIO", _above_0(1)),
+    ("TEST.CROP_RATIO", _Range(0.05, 1)),
     ("TEST.DETECTIONS_PER_IMAGE TEST.PRECISE_BN.NUM_ITER", _Range(1, 1_000_000)),
 )
 # A run that evaluates every epoch at most, or never; a seed of its own or none.

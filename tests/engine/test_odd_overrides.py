@@ -1,5 +1,6 @@
 """Every single override starts a run, or is refused by an error that names its key: 500 of them, drawn by a seed."""
 
+import os
 import random
 import time
 
@@ -127,3 +128,31 @@ def test_what_has_no_room_is_refused_before_it_is_built(data, tmp_path, monkeypa
     with pytest.raises(ValueError, match=message):
         odd_runs.run_detector(data[0], str(tmp_path / "out"), "SEED", "1")
     assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("pipe", "JSONS.*it is a named pipe"),
+        ("folder", "JSONS.*it is a folder"),
+        ("device", "JSONS.*it is a device"),
+        ("loop", "JSONS.*it is a loop of links"),
+        ("deep", "JSONS.*is not a JSON file: maximum recursion depth"),
+        ("a terabyte", "JSONS.*more than there is memory for"),
+    ],
+)
+def test_a_json_that_is_none_is_refused_at_once(data, tmp_path, kind, message):
+    path = tmp_path / "odd.json"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "deep":
+        path.write_text("[" * 200_000)
+    elif kind == "a terabyte":
+        path.touch()
+        os.truncate(path, 2**40)
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        odd_runs.run_detector(data[0], str(tmp_path / "out"), "KARAT_DATA.JSONS", f"['{path}']")

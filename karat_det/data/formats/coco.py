@@ -142,6 +142,10 @@ def _parse(json_file: str, report: Report, only: str | None = None) -> dict[str,
             content = json.load(file, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{report.source} is not a JSON file: {error}. Write or download it anew.") from error
+    except MemoryError as error:
+        raise ValueError(
+            f"{report.source} has {os.path.getsize(json_file):,} bytes, more than there is memory for."
+        ) from error
     if not isinstance(content, dict):
         report.add("structure", detail=f"the file holds {short(content)}; it must be an object.")
         report.raise_refused()
