@@ -16,6 +16,7 @@ from fvcore.common.config import CfgNode
 from PIL import Image
 from torchvision import datasets as torchvision_datasets
 
+from .broken_images import BROKEN_IN, BrokenImages
 from .class_folders import find_labelled_images
 from .digits import generate_crops
 from .image_check import NUM_SAMPLED, Header, read_headers, spread
@@ -23,8 +24,6 @@ from .images import read_upright, unreadable_image_named, upright_8_bit
 
 logger = logging.getLogger(__name__)
 
-# One image in so many may be broken.
-BROKEN_IN = 1000
 # Images of a split up to which the header of each is read before the run: some 0.06 ms each.
 MAX_IMAGES_OPENED = 100_000
 # Label of an image that cannot be read, where no other one may stand for it.
@@ -79,6 +78,7 @@ class LabelledImages(torch.utils.data.Dataset):
 
     Attributes:
         transform: applied to the image; timm's loader sets it.
+        broken: (number of images of the split,) bool, which were found broken.
     """
 
     def __init__(self, split: Split, is_train: bool, indices: Sequence[int] | None = None):
@@ -86,8 +86,8 @@ class LabelledImages(torch.utils.data.Dataset):
         self.is_train = is_train
         self.indices = range(len(split.samples)) if indices is None else indices
         self.transform: Callable | None = None
-        # Shared with the loader's processes.
-        self.broken = torch.zeros(len(split.samples), dtype=torch.bool).share_memory_()
+        self._broken_images = BrokenImages(len(split.samples), split.place)
+        self.broken = self._broken_images.seen
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -122,7 +122,7 @@ class LabelledImages(torch.utils.data.Dataset):
             headers = list(enumerate(read_headers(self.split.files)))
             for index, header in headers:
                 if isinstance(header, OSError):
-                    self._count(index, header)
+                    self._broken_images.add(index, header)
             deep = [index for index, header in headers if isinstance(header, Header) and header.deep]
             to_read = spread(deep, NUM_SAMPLED) if headers else first
         for index in to_read:
@@ -159,18 +159,8 @@ class LabelledImages(torch.utils.data.Dataset):
             with unreadable_image_named(name):
                 return upright_8_bit(image, name).convert("RGB"), label
         except OSError as error:
-            self._count(index, error)
+            self._broken_images.add(index, error)
             return None, NO_LABEL
-
-    def _count(self, index: int, error: OSError) -> None:
-        self.broken[index] = True
-        count, total = int(self.broken.sum()), len(self.broken)
-        if count * BROKEN_IN > total:
-            raise ValueError(
-                f"{error} It is broken image {count} of the {total} of {self.split.place}, and no more than 1 in "
-                f"{BROKEN_IN} may be skipped."
-            ) from error
-        logger.warning("Skipped, %d of at most %d: %s", count, total // BROKEN_IN, error)
 
 
 def load_splits(cfg: CfgNode) -> tuple[Split, Split]:

@@ -10,6 +10,7 @@ smaller.
 import copy
 import importlib.util
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import detectron2.data.transforms as T
@@ -20,6 +21,7 @@ from detectron2.data import DatasetMapper, detection_utils
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 
 from ..config import image_size
+from .broken_images import BrokenImages
 from .images import read_image
 
 # Masks that Pillow has resized cannot be written to; Detectron2 makes tensors of them and only reads these.
@@ -92,6 +94,38 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> DatasetMapper:
             "installed. Run `pip install shapely`, or set INPUT.RESIZE fixed and INPUT.CROP.ENABLED False."
         )
     return _Mapper(**arguments)
+
+
+class MappedImages(Sequence):
+    """Images to train on. The next one stands for one that cannot be read, as long as these are few.
+
+    Args:
+        records: Detectron2's dataset dicts.
+        mapper: makes of one what the model takes.
+        place: what a user knows the data by.
+    """
+
+    def __init__(self, records: Sequence[dict[str, Any]], mapper: Callable[[dict[str, Any]], Any], place: str):
+        self.records = records
+        self.mapper = mapper
+        self._broken = BrokenImages(len(records), place)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Any:
+        """What the mapper makes of a record.
+
+        Raises:
+            ValueError: too many images cannot be read.
+        """
+        while True:
+            if not self._broken.seen[index]:
+                try:
+                    return self.mapper(self.records[index])
+                except OSError as error:
+                    self._broken.add(index, error)
+            index = (index + 1) % len(self)
 
 
 class _Mapper(DatasetMapper):

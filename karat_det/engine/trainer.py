@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint.loading import SafeCheckpointer
 from ..checkpoint.run_folder import clear_partial, end_metrics, first_not_finite
-from ..data.mapper import build_mapper
+from ..data.mapper import MappedImages, build_mapper
 from ..data.registration import load_checked_dicts
 from ..evaluation.coco import FasterCOCOEvaluator
 from . import signals
@@ -128,9 +128,10 @@ class Trainer(DefaultTrainer):
     def build_train_loader(cls, cfg: CfgNode) -> CountedLoader:
         records = load_checked_dicts(cfg)
         order = build_order(cfg, records)
-        images = SeededImages(DatasetFromList(records, copy=False), order, build_mapper(cfg, is_train=True))
+        mapper = build_mapper(cfg, is_train=True)
+        images = MappedImages(DatasetFromList(records, copy=False), mapper, ", ".join(cfg.DATASETS.TRAIN))
         loader = build_detection_train_loader(
-            images,
+            SeededImages(images, order),
             mapper=None,
             sampler=order,
             total_batch_size=cfg.SOLVER.IMS_PER_BATCH,

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from karat_det.data.mapper import build_augmentation, build_mapper
+from karat_det.data.mapper import MappedImages, build_augmentation, build_mapper
 from karat_det.data.registration import register_from_config
 
 needs_shapely = pytest.mark.skipif(
@@ -297,6 +297,20 @@ def test_segmentations_and_proposals_come_as_from_detectron2(cfg, records, own):
     for key in ("image", "sem_seg"):
         torch.testing.assert_close(example[key], expected[key])
     torch.testing.assert_close(example["proposals"].proposal_boxes.tensor, expected["proposals"].proposal_boxes.tensor)
+
+
+def test_the_next_image_stands_for_a_broken_one_and_one_in_1000_may_be(cfg, records, own, caplog):
+    cfg.INPUT.RANDOM_FLIP = "none"
+    mapper = build_mapper(cfg, True)
+    images = MappedImages([*records] * 400, mapper, "my_train")
+    corrupt(own.image_dir / "1.png")
+    for _ in range(2):
+        torch.testing.assert_close(images[0]["image"], mapper(records[1])["image"])
+    assert len(caplog.records) == 1
+    assert "Skipped, 1 of at most 1: Cannot read the image" in caplog.text and "images/1.png" in caplog.text
+    assert len(images) == 1200
+    with pytest.raises(ValueError, match=r"images/1\.png.* broken image 2 of the 1200 of my_train, and no more than 1"):
+        images[3]
 
 
 def test_image_of_another_size_than_its_record_says_is_named(cfg, records, own):

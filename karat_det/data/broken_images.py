@@ -1,0 +1,42 @@
+"""Images that cannot be read: a few are skipped, each named once; more end the run."""
+
+import logging
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+# One image in so many may be broken.
+BROKEN_IN = 1000
+
+
+class BrokenImages:
+    """Counts which of a set of images are broken, in all processes of a loader together.
+
+    Args:
+        total: how many images there are.
+        place: what a user knows them by.
+
+    Attributes:
+        seen: (total,) bool, which were found broken.
+    """
+
+    def __init__(self, total: int, place: str):
+        self.place = place
+        # Shared with the loader's processes.
+        self.seen = torch.zeros(total, dtype=torch.bool).share_memory_()
+
+    def add(self, index: int, error: OSError) -> None:
+        """Names a broken image in the log.
+
+        Raises:
+            ValueError: it is one too many.
+        """
+        self.seen[index] = True
+        count, total = int(self.seen.sum()), len(self.seen)
+        if count * BROKEN_IN > total:
+            raise ValueError(
+                f"{error} It is broken image {count} of the {total} of {self.place}, and no more than 1 in "
+                f"{BROKEN_IN} may be skipped."
+            ) from error
+        logger.warning("Skipped, %d of at most %d: %s", count, total // BROKEN_IN, error)
