@@ -14,6 +14,7 @@ from detectron2.config import CfgNode
 
 from .config_values import leaves, shown
 from .optimizer import FULL_MODEL
+from .order import SAMPLERS
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ _CHOICES = (
     ("INPUT.CROP.TYPE", ("relative", "relative_range", "absolute", "absolute_range")),
     ("INPUT.FORMAT", ("BGR", "RGB", "L")),
     ("INPUT.MIN_SIZE_TRAIN_SAMPLING", ("choice", "range")),
-    ("DATALOADER.SAMPLER_TRAIN", ("TrainingSampler", "RepeatFactorTrainingSampler")),
+    ("DATALOADER.SAMPLER_TRAIN", SAMPLERS),
     ("*.BBOX_REG_LOSS_TYPE", _LOSSES),
     ("*.POOLER_TYPE", ("ROIAlignV2", "ROIAlign", "ROIPool")),
     ("*.FUSE_TYPE", ("sum", "avg")),

@@ -33,6 +33,9 @@ from .resumption import Resumption
 
 logger = logging.getLogger(__name__)
 
+# The running mean by which Detectron2's RetinaNet divides its losses; it is no part of the weights.
+_NORMALIZER = "loss_normalizer"
+
 
 class Trainer(DefaultTrainer):
     """Trains and evaluates a detector from a config.
@@ -192,7 +195,9 @@ class Step(SimpleTrainer):
         before, self.updated = self.last_losses, False
         losses, reason = {}, ""
         try:
-            with torch.autocast(**self.autocast):
+            # TorchScript, as RetinaNet's loss is, is optimised after some steps, and then rounds in another way.
+            optimized = self.autocast["device_type"] != "cpu"
+            with torch.autocast(**self.autocast), torch.jit.optimized_execution(optimized):
                 losses = self.model(data)
         except FloatingPointError as error:
             # Detectron2's RPN sees NaN before there is a loss.
@@ -229,6 +234,9 @@ class Step(SimpleTrainer):
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
         state["optimizer"] = optimizer_state(self.optimizer, unwrapped(self.model))
+        if (normalizer := getattr(unwrapped(self.model), _NORMALIZER, None)) is not None:
+            # Each process has its own.
+            state["loss_normalizers"] = comm.all_gather(normalizer)
         return {**state, "order": self.data_loader.order.state_dict(), "divergence": self.divergence.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -237,6 +245,11 @@ class Step(SimpleTrainer):
         TrainerBase.load_state_dict(self, state)
         self.data_loader.order.load_state_dict(state.get("order"))
         self.divergence.load_state_dict(state.get("divergence", {}))
+        if normalizers := [float(each) for each in state.get("loss_normalizers", ())]:
+            # With other processes, their mean.
+            alike = len(normalizers) == comm.get_world_size()
+            own = normalizers[comm.get_rank()] if alike else sum(normalizers) / len(normalizers)
+            setattr(unwrapped(self.model), _NORMALIZER, own)
         # Whatever has been loaded ahead is of another place.
         self._data_loader_iter_obj = None
 

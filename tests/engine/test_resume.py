@@ -148,6 +148,13 @@ def test_two_processes_go_on_bitwise_and_through_the_order_of_one(make_cfg, tmp_
     assert len(set(images.values())) > 8
     assert taken_by("again", (False, 3, workers), (True, None, {})) == images
     assert not differences(saved(make_cfg("two")), saved(make_cfg("again")))
+    # RetinaNet divides its losses by a mean over the steps before, which each process has of its own.
+    retina = {"MODEL.META_ARCHITECTURE": "RetinaNet", "MODEL.MASK_ON": False, "MODEL.RETINANET.NUM_CLASSES": 10}
+    retina |= {"MODEL.RETINANET.IN_FEATURES": ["p2", "p3", "p4"], "SOLVER.BASE_LR": 1e-4}
+    taken_by("retina", (False, None, retina))
+    taken_by("retina_again", (False, 3, retina), (True, None, retina))
+    assert len(saved(make_cfg("retina"))["trainer"]["_trainer"]["loss_normalizers"]) == 2
+    assert not differences(saved(make_cfg("retina")), saved(make_cfg("retina_again")))
     # One process takes over, and then with larger steps.
     larger = {"SOLVER.IMS_PER_BATCH": 4, "SOLVER.MAX_ITER": 5}
     mixed = taken_by("mixed", (False, 1, {}))
