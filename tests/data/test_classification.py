@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 
 from karat_det.config import pretrain_config
 from karat_det.data import classification
@@ -195,6 +195,19 @@ def test_images_are_upright_and_of_8_bits(tmp_path):
         for i in range(4):
             assert images[i][0].mode == "RGB"
             np.testing.assert_array_equal(images[i][0], np.repeat(grey[..., None], 3, axis=2))
+
+
+def test_images_that_a_dataset_decodes_are_turned_once(tmp_path):
+    """torchvision's datasets convert what they open, and do not turn it; Hugging Face's turn it."""
+    grey = np.kron(np.arange(6, dtype=np.uint8).reshape(2, 3) * 40, np.ones((8, 8), np.uint8))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    path = tmp_path / "x.jpg"
+    Image.fromarray(np.rot90(grey)).save(path, exif=exif, quality=100)
+    samples = [(Image.open(path).convert("RGB"), 0), (ImageOps.exif_transpose(Image.open(path)), 0), (str(path), 0)]
+    images = LabelledImages(Split("here", ["a"], samples), is_train=False)
+    for i in range(3):
+        assert np.abs(np.asarray(images[i][0])[..., 0].astype(int) - grey).max() < 8
 
 
 def test_an_image_whose_range_is_not_known_is_a_broken_one(caplog):
