@@ -3,7 +3,8 @@
 import os
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +21,8 @@ from .output_dir import check_output_dir, claim
 
 # What gloo and nccl say where the other end of a connection is gone.
 _LOST = re.compile(r"[Cc]onnection (closed|reset|refused)|Broken pipe|remote process exited|NCCL (error|communicator)")
+# What torch says where a worker of a data loader is.
+_LOADER = "DataLoader worker (pid"
 _STARTED_BY = ".started_by"
 
 
@@ -43,9 +46,8 @@ def run_distributed(main: Callable[..., Any], args: Any) -> None:
     """
     signals.install()
     try:
-        _run(main, args)
-    except (ValueError, OSError, FloatingPointError, RunFailed) as error:
-        raise SystemExit(f"error: {error}") from None
+        with _told_in_one_line():
+            _run(main, args)
     except (ProcessExitedException, ProcessRaisedException) as error:  # of `launch`
         if signals.requested():
             raise SystemExit(128 + signals.requested()) from None
@@ -66,13 +68,8 @@ def _run(main: Callable[..., Any], args: Any) -> None:
         _join("nccl" if use_gpus else "gloo")
         comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
         try:
-            main(args)
-        except RunFailed:
-            raise
-        except RuntimeError as error:
-            if is_loss(error):
-                raise SystemExit(f"error: process {comm.get_rank()} lost another process of the run.") from None
-            raise
+            with _told_in_one_line():
+                main(args)
         finally:
             distributed.destroy_process_group()
         return
@@ -93,10 +90,26 @@ def _run(main: Callable[..., Any], args: Any) -> None:
 def _in_child(main: Callable[..., Any], args: Any) -> None:
     """The work of a process that `launch` has started: its mistakes are told here, and not as a trace there."""
     signals.install()
-    try:
+    with _told_in_one_line():
         main(args)
+
+
+@contextmanager
+def _told_in_one_line() -> Iterator[None]:
+    """Ends the process with one line for what the user, the machine or the data is the cause of."""
+    try:
+        yield
     except (ValueError, OSError, FloatingPointError, RunFailed) as error:
         raise SystemExit(f"error: {error}") from None
+    except RuntimeError as error:
+        if not is_loss(error):
+            raise
+        if _LOADER in str(error):
+            raise SystemExit(
+                f"error: A process that reads images has died. {str(error).strip().splitlines()[0]} If memory was "
+                "short, lower DATALOADER.NUM_WORKERS. Go on with --resume."
+            ) from None
+        raise SystemExit(f"error: Process {comm.get_rank()} lost another process of the run.") from None
 
 
 def _join(backend: str) -> None:
@@ -114,8 +127,9 @@ def _join(backend: str) -> None:
 
 
 def is_loss(error: BaseException | None) -> bool:
-    """Whether an error says that another process of the run is gone."""
-    return isinstance(error, RuntimeError) and comm.get_world_size() > 1 and bool(_LOST.search(str(error)))
+    """Whether an error says that another process is gone, of the run or one that reads images."""
+    lost = comm.get_world_size() > 1 and _LOST.search(str(error))
+    return isinstance(error, RuntimeError) and bool(lost or _LOADER in str(error))
 
 
 def restarts() -> int:

@@ -12,6 +12,12 @@ SMALL = {"SOLVER.IMS_PER_BATCH": 4, "SOLVER.EPOCHS": 3, "SOLVER.WARMUP_EPOCHS": 
     [
         (["SOLVER.MAX_ITER", "0"], "SOLVER.MAX_ITER is 0. It must be at least 1"),
         (["SOLVER.LAYER_DECAY", "1.5"], "SOLVER.LAYER_DECAY is 1.5"),
+        (["SOLVER.CHECKPOINT_MINUTES", "-1"], "SOLVER.CHECKPOINT_MINUTES is -1.0"),
+        (["SOLVER.KEEP_CHECKPOINTS", "-1"], "SOLVER.KEEP_CHECKPOINTS is -1"),
+        (["SOLVER.ON_DIVERGENCE", "wait"], "ON_DIVERGENCE is 'wait'.*skip_not_finite, skip, rollback, stop"),
+        (["SOLVER.SPIKE_FACTOR", "1.0"], "SOLVER.SPIKE_FACTOR is 1.0. It must be above 1"),
+        (["SOLVER.MAX_SKIPPED_STEPS", "-1"], "SOLVER.MAX_SKIPPED_STEPS is -1. It must be at least 0"),
+        (["SOLVER.MAX_ROLLBACKS", "-1"], "SOLVER.MAX_ROLLBACKS is -1. It must be at least 0"),
         (["SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "sum"], "CLIP_TYPE is 'sum'.*full_model, norm, value"),
         (["SOLVER.LR_SCHEDULER_NAME", "Cosine"], "SOLVER.LR_SCHEDULER_NAME is 'Cosine'.*WarmupCosineLR"),
         (["INPUT.RESIZE", "stretch"], "INPUT.RESIZE is 'stretch'.*'fixed' or 'lsj'"),

@@ -281,6 +281,30 @@ def test_weights_that_are_no_numbers_stop_the_run_and_keep_the_checkpoint(make_c
     assert last["epoch"] == 1 and all(tensor.isfinite().all() for tensor in last["model"].values())
 
 
+def test_a_rollback_takes_weights_averages_and_the_optimisers_state_back(make_cfg, caplog):
+    cfg = make_cfg(**{"SOLVER.ON_DIVERGENCE": "rollback", "SOLVER.EPOCHS": 2})
+    trainer = Pretrainer(cfg)
+    run_step, compared = trainer.run_step, []
+
+    def poison():
+        if trainer.iter != 3:
+            return run_step()
+        last = saved(cfg)  # of iteration 1
+        trainer.model.head.bias.data.fill_(math.nan)
+        run_step()
+        assert equal(trainer.model.state_dict(), last["model"])
+        assert equal(trainer.ema.module.state_dict(), last["model_ema"])
+        state = trainer.step.state_dict()
+        assert equal(state["optimizer"]["state"], last["trainer"]["step"]["optimizer"]["state"])
+        assert state["order"]["place"] > last["trainer"]["step"]["order"]["place"]
+        compared.append(state["divergence"]["rollbacks"])
+
+    trainer.run_step = poison
+    trainer.train()
+    assert compared == [1] and "Rolled back to the weights of" in caplog.text
+    assert saved(cfg)["epoch"] == 2 and saved(cfg)["trainer"]["step"]["divergence"]["rollbacks"] == 1
+
+
 def test_the_rate_is_that_of_the_batch_and_follows_a_cosine_after_the_warm_up(make_cfg):
     cfg = make_cfg(**{"SOLVER.BASE_LR": 0.0005, "SOLVER.IMS_PER_BATCH": 128, "SOLVER.EPOCHS": 10})
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.0005 * 128 / 512)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from karat_det.engine import signals
-from karat_det.engine.processes import run_distributed
+from karat_det.engine.output_dir import claims
+from karat_det.engine.processes import RunFailed, goes_on, run_distributed, take_folder
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
@@ -16,3 +17,57 @@ def test_without_a_gpu_any_number_of_gpus_is_one_process_on_the_cpu(monkeypatch)
     assert len(calls) == 1
     with pytest.raises(SystemExit, match=r"error: --num-machines is 2.*torchrun"):
         run_distributed(calls.append, argparse.Namespace(num_gpus=1, num_machines=2))
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """Nothing in this process's environment says that a launcher has started it."""
+    for name in ("LOCAL_RANK", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(signals, "install", lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("SEED is -1."), "error: SEED is -1."),
+        (FloatingPointError("Training diverged"), "error: Training diverged"),
+        (RunFailed("The evaluation failed."), "error: The evaluation failed."),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+            r"error: A process that reads images has died\. DataLoader worker \(pid 7\).*NUM_WORKERS",
+        ),
+    ],
+)
+def test_what_ends_a_run_is_told_in_one_line(alone, error, line):
+    def fail(args):
+        raise error
+
+    with pytest.raises(SystemExit, match=line):
+        run_distributed(fail, argparse.Namespace(num_gpus=0, num_machines=1))
+
+
+def test_an_error_of_the_program_keeps_its_trace(alone):
+    def fail(args):
+        raise RuntimeError("Connection closed by peer")  # of whom, where there is one process?
+
+    with pytest.raises(RuntimeError, match="Connection closed"):
+        run_distributed(fail, argparse.Namespace(num_gpus=0, num_machines=1))
+
+
+def test_a_run_that_torchrun_starts_again_goes_on_in_the_folder_that_it_began(alone, tmp_path, monkeypatch):
+    own, other, empty = str(tmp_path / "own"), tmp_path / "other", str(tmp_path / "empty")
+    other.mkdir()
+    (other / "model_0000001.pth").touch()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with claims():
+        assert not goes_on(own, resume=False)
+        take_folder(own)
+        (tmp_path / "own" / "model_0000001.pth").touch()
+        with pytest.raises(ValueError, match="--resume"):
+            goes_on(own, resume=False)  # another torchrun's first attempt
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        assert goes_on(own, resume=False) and not goes_on(empty, resume=False)
+        # What the first attempt was refused, the second one is not given.
+        with pytest.raises(ValueError, match="--resume"):
+            goes_on(str(other), resume=False)
