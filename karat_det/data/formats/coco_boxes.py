@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from .coco_masks import Extent
+from .coco_masks import NUMBERS, Extent
 from .report import Report, place_of
 
 # Pixels by which a box may leave its image, as rounding and amodal boxes do.
@@ -25,6 +25,7 @@ class BoxHabits:
     leaving: int = 0
     masked: int = 0
     masks_as_fractions: int = 0
+    corners_by_area: int = 0
     disagreeing: int = 0
     # Boxes that leave their image and would fit in it, and boxes that would fit their masks better, by reading.
     fit_image: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_READINGS, 0))
@@ -60,6 +61,9 @@ class BoxHabits:
                 for name, reading in _READINGS.items():
                     other = _agreement(reading(x, y, w, h), extent)
                     self.fit_mask[name] += other >= 0.7 and other > agreement + 0.2
+        elif _has_area_of_corners(box, annotation.get("area")):
+            self.corners_by_area += 1
+            kinds.append("corners by area")
         # Where its mask is with it, a box is right, wherever it is.
         if agreement < 0.8 and not _is_inside((x, y, x + w, y + h), width, height):
             self.leaving += 1
@@ -95,6 +99,12 @@ class BoxHabits:
                 f"{self.first['disagreeing']}. Are they corners [x1, y1, x2, y2], or for images of another size? "
                 f"{_MEANING}"
             )
+        elif 2 * self.corners_by_area > self.boxes:
+            rule = "boxes-as-corners"
+            detail = (
+                f"{self.corners_by_area} of {self.boxes} boxes have the area of corners [x1, y1, x2, y2], such as "
+                f"{self.first['corners by area']}. Are they? {_MEANING}"
+            )
         elif 2 * self.leaving > self.boxes:
             rule = "boxes-as-corners"
             fit = self.fit_image[as_image]
@@ -118,6 +128,15 @@ class BoxHabits:
 def _is_inside(box: Extent, width: int, height: int) -> bool:
     left, top, right, bottom = box
     return -_MARGIN <= left < right <= width + _MARGIN and -_MARGIN <= top < bottom <= height + _MARGIN
+
+
+def _has_area_of_corners(box: list[float], area: object) -> bool:
+    """Whether an object's area is (x2 − x1) · (y2 − y1) of its box's numbers, and far from width × height."""
+    x, y, w, h = box
+    # No area is larger than an image; an int may be larger than any float.
+    if type(area) not in NUMBERS or not 0 < area < 2**53 or not (x < w and y < h):
+        return False
+    return abs((w - x) * (h - y) - area) <= 0.01 * area and abs(w * h - area) > 0.1 * area
 
 
 def _seen(box: list[float], extent: Extent | None, width: int, height: int, index: int, annotation: dict) -> str:

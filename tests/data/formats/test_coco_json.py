@@ -296,6 +296,18 @@ def test_boxes_without_masks_that_look_like_corners_are_refused(tmp_path):
     assert len(read(tmp_path, changed).annotations[2]) == 1
 
 
+def test_boxes_with_the_area_of_corners_are_refused(tmp_path):
+    changed = all_with("annotations", "bbox", [[10, 10, 40, 30], [5, 5, 25, 35], [20, 10, 30, 15], [10, 10, 30, 20]])
+    for annotation, area in zip(changed["annotations"], [600, 600, 50.2, 600], strict=True):
+        annotation.update(area=area, segmentation=None)
+    with pytest.raises(
+        ValueError, match=r"3 of 4 boxes have the area of corners.*\[10, 10, 40, 30\] of annotations\[0\]"
+    ):
+        read(tmp_path, changed)
+    changed["annotations"][0]["area"] = 10**400
+    assert len(read(tmp_path, changed).annotations[0]) == 1
+
+
 def read_right(tmp_path, changed, rules, caplog):
     """Reads what may be put right or left out, and checks which rules are named in the log, and that with a count."""
     with caplog.at_level(logging.WARNING, "karat_det"):
