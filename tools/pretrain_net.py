@@ -18,7 +18,7 @@ from detectron2.utils import comm
 
 from karat_det.checkpoint.loading import check_weights_file
 from karat_det.engine.full_disk import start_log
-from karat_det.engine.output_dir import claims
+from karat_det.engine.output_dir import begin, claims
 from karat_det.engine.pretraining import Pretrainer, evaluate_file, load_pretrain_cfg
 from karat_det.engine.processes import goes_on, run_distributed, take_folder
 from karat_det.engine.setup import log_device, parse_command
@@ -44,6 +44,7 @@ def main(args):
         trainer = Pretrainer(cfg, args.init_from, args.resume)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
+    begin(cfg.OUTPUT_DIR)
     trainer.train()
 
 

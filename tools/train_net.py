@@ -16,7 +16,7 @@ from detectron2.utils import comm
 from karat_det.checkpoint.loading import SafeCheckpointer, check_weights_file
 from karat_det.data.registration import load_checked_test_dicts
 from karat_det.engine.full_disk import full_disk_named, start_log
-from karat_det.engine.output_dir import claims
+from karat_det.engine.output_dir import begin, claims
 from karat_det.engine.processes import goes_on, run_distributed, take_folder
 from karat_det.engine.setup import check_model_and_datasets, load_cfg, log_device, parse_command
 from karat_det.engine.trainer import Trainer
@@ -57,6 +57,7 @@ def main(args):
         if comm.is_main_process():
             verify_results(cfg, results)
     else:
+        begin(cfg.OUTPUT_DIR)
         trainer.train()
 
 

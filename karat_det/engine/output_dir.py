@@ -8,14 +8,20 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from detectron2.utils import comm
+
+from ..checkpoint.run_folder import write_whole
 
 logger = logging.getLogger(__name__)
 
 _LOCK = ".lock"
+_CONFIG = "config.yaml"
 # Descriptors of the locks that this process holds, by folder.
 _held: dict[str, int] = {}
+# Content of the config.yaml that was there before, by folder, until the run begins.
+_config_before: dict[str, bytes] = {}
 
 
 def check_output_dir(output_dir: str) -> None:
@@ -33,10 +39,16 @@ def check_output_dir(output_dir: str) -> None:
 
 @contextlib.contextmanager
 def claims() -> Iterator[None]:
-    """Gives up at its end what `claim` has claimed. A decorator, too."""
+    """Gives up at its end what `claim` has claimed. A decorator, too.
+
+    Where the run has not begun, being refused, config.yaml is that of the run before again.
+    """
     try:
         yield
     finally:
+        for folder, content in _config_before.items():
+            write_whole(Path(folder, _CONFIG), lambda path, content=content: Path(path).write_bytes(content))
+        _config_before.clear()
         while _held:
             os.close(_held.popitem()[1])
 
@@ -61,6 +73,11 @@ def claim(output_dir: str, patience: float = 0.0) -> None:
             refusal = f"OUTPUT_DIR is {output_dir!r}, which cannot be written to: {error}."
     if refusal := comm.all_gather(refusal)[0]:
         raise ValueError(refusal)
+
+
+def begin(output_dir: str) -> None:
+    """The run has not been refused: the config.yaml that it has written stays."""
+    _config_before.pop(output_dir, None)
 
 
 def _lock(output_dir: str, deadline: float) -> str:
@@ -89,6 +106,8 @@ def _lock(output_dir: str, deadline: float) -> str:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         _held[output_dir], descriptor = descriptor, -1
+        with contextlib.suppress(FileNotFoundError):
+            _config_before[output_dir] = Path(output_dir, _CONFIG).read_bytes()
         return ""
     finally:
         if descriptor >= 0:
@@ -100,6 +119,7 @@ def _leave_to_parent() -> None:
     for descriptor in _held.values():
         os.close(descriptor)
     _held.clear()
+    _config_before.clear()
 
 
 os.register_at_fork(after_in_child=_leave_to_parent)

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from karat_det.engine.output_dir import check_output_dir, claim, claims
+from karat_det.engine.output_dir import begin, check_output_dir, claim, claims
 
 FORK = multiprocessing.get_context("fork")
 
@@ -57,6 +57,17 @@ def test_a_folder_belongs_to_one_run_until_it_ends_or_is_killed(tmp_path):
         assert f"process {os.getpid()} on" in other(folder, 0)[1]
     assert other(folder, 0)[1] == "claimed"
     loader.kill()
+
+
+def test_a_run_that_is_refused_leaves_the_config_of_the_one_before(tmp_path):
+    config = tmp_path / "config.yaml"
+    for begins, left in ((True, "first"), (False, "first"), (True, "third")):
+        with claims():
+            claim(str(tmp_path))
+            config.write_text(left if begins else "refused")
+            if begins:
+                begin(str(tmp_path))
+        assert config.read_text() == left
 
 
 def test_a_run_that_ends_is_waited_for(tmp_path):
