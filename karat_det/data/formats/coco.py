@@ -414,8 +414,8 @@ def _read_area(
     note: Note,
 ) -> float:
     value = annotation.get("area")
-    if type(value) in NUMBERS and 0 < value < math.inf:
-        return float(value) if value < MAX_EXACT else float(MAX_EXACT)
+    if type(value) in NUMBERS and 0 < value < MAX_EXACT:
+        return float(value)
     if value is None or (type(value) in NUMBERS and value == 0):
         note("area-missing", f"area is {found_in(annotation, 'area')}")
         return float((mask and area_of(mask, width, height)) or box[2] * box[3])

@@ -143,7 +143,7 @@ RULES: dict[str, Rule] = {
         'An iscrowd that is null is 0; true and false, 1.0 and 0.0, "1" and "0" are 1 and 0.',
     ),
     "ignore": Rule("refused", "annotations", "An `ignore` other than 0: iscrowd 1 says this."),
-    "area": Rule("refused", "annotations", "An area that is no number, negative or not finite."),
+    "area": Rule("refused", "annotations", "An area that is no number, negative, not finite or above 2^53."),
     "area-missing": Rule(
         "put right",
         "annotations",

@@ -268,7 +268,10 @@ REFUSED = [
         for value in (2, -1, "yes", "", 0.5, [], NAN)
     ],
     *[("ignore", with_("annotations", ignore=value), "iscrowd 1") for value in (1, True)],
-    *[("area", with_("annotations", area=value), PLACE + "area is") for value in (-1, NAN, INFINITY, "600", True, [])],
+    *[
+        ("area", with_("annotations", area=value), PLACE + "area is")
+        for value in (10**400, 1e300, -1, NAN, INFINITY, "600", True, [])
+    ],
 ]
 
 
@@ -304,7 +307,7 @@ def test_boxes_with_the_area_of_corners_are_refused(tmp_path):
         ValueError, match=r"3 of 4 boxes have the area of corners.*\[10, 10, 40, 30\] of annotations\[0\]"
     ):
         read(tmp_path, changed)
-    changed["annotations"][0]["area"] = 10**400
+    changed["annotations"][0]["area"] = 1200
     assert len(read(tmp_path, changed).annotations[0]) == 1
 
 
