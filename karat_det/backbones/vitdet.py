@@ -156,7 +156,8 @@ def _replace_attention(net: ViT, cfg: CfgNode) -> None:
     if config.rank is not None and config.rank > rows * columns:
         raise ValueError(
             f"MODEL.KARAT.RANK is {config.rank}, above N = {rows} × {columns} = {rows * columns}, the number of tokens "
-            f"that attend to each other. It must be from 1 to {rows * columns}."
+            f"that attend to each other: MODEL.VIT.WINDOW_SIZE in windows, IMG_SIZE / PATCH_SIZE in the image. It must "
+            f"be from 1 to {rows * columns}."
         )
     if config.num_karat_heads is not None and config.num_karat_heads > vit.NUM_HEADS:
         raise ValueError(
