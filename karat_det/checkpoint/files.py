@@ -91,6 +91,8 @@ def _reason(error: Exception) -> str:
     message = str(error)
     if match := re.search(r"GLOBAL (\S+)", message):
         return f"it asks for {match[1]}, which is refused"
+    if match := re.search(r"you tried to allocate (\d+) bytes", message):
+        return f"it asks for {int(match[1]):,} bytes of memory"
     first = message.strip().partition("\n")[0].partition(". ")[0]
     first = first.replace(" allowlisted via `add_safe_globals`", "")
     if first and isinstance(error, UnfitFile | pickle.UnpicklingError | RuntimeError | SafetensorError):

@@ -23,6 +23,8 @@ from .output_dir import check_output_dir, claim
 _LOST = re.compile(r"[Cc]onnection (closed|reset|refused)|Broken pipe|remote process exited|NCCL (error|communicator)")
 # What torch says where a worker of a data loader is.
 _LOADER = "DataLoader worker (pid"
+# What torch says, in a RuntimeError, where the CPU has no memory.
+_NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 _STARTED_BY = ".started_by"
 
 
@@ -98,7 +100,8 @@ def _in_child(main: Callable[..., Any], args: Any) -> None:
 def _told_in_one_line() -> Iterator[None]:
     """Ends the process with one line for what the user, the machine or the data is the cause of."""
     try:
-        yield
+        with _lack_of_memory_named():
+            yield
     except (ValueError, OSError, FloatingPointError, RunFailed) as error:
         raise SystemExit(f"error: {error}") from None
     except RuntimeError as error:
@@ -110,6 +113,19 @@ def _told_in_one_line() -> Iterator[None]:
                 "short, lower DATALOADER.NUM_WORKERS. Go on with --resume."
             ) from None
         raise SystemExit(f"error: Process {comm.get_rank()} lost another process of the run.") from None
+
+
+@contextmanager
+def _lack_of_memory_named() -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and _NO_MEMORY not in str(error):
+            raise
+        what = str(error).strip().partition("\n")[0] or "MemoryError"
+        raise RunFailed(
+            f"There is not enough memory for the run: {what} Lower SOLVER.IMS_PER_BATCH or the model's IMG_SIZE."
+        ) from None
 
 
 def _join(backend: str) -> None:

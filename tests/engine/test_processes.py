@@ -71,3 +71,14 @@ def test_a_run_that_torchrun_starts_again_goes_on_in_the_folder_that_it_began(al
         # What the first attempt was refused, the second one is not given.
         with pytest.raises(ValueError, match="--resume"):
             goes_on(str(other), resume=False)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried …"), None])
+def test_a_lack_of_memory_ends_a_run_in_a_line_that_says_what_to_lower(alone, error):
+    def main(args):
+        if error is None:
+            torch.empty(2**55)
+        raise error
+
+    with pytest.raises(SystemExit, match=r"^error: There is not enough memory for the run: .*IMS_PER_BATCH"):
+        run_distributed(main, argparse.Namespace(num_gpus=0, num_machines=1))
