@@ -230,11 +230,13 @@ def test_your_own_data_trains_and_is_evaluated_under_its_class_names(train, own,
     assert {tuple(result["segmentation"]["size"]) for result in results} == {(50, 80)}
 
 
-def test_an_image_that_breaks_midway_is_named(train, own):
+def test_an_image_that_is_cut_short_is_named_before_training(train, own):
     path = own.folder / "images" / "2.jpg"
     path.write_bytes(path.read_bytes()[:-200])
     done = train(overrides=[*SMALL_MODEL, *own.overrides(), "SOLVER.MAX_ITER", "20"], fails=True)
-    assert "error: Cannot read the image" in done.stderr and "2.jpg" in done.stderr.splitlines()[-1]
+    assert "Starting training" not in done.stdout
+    assert done.stderr.splitlines()[-2].startswith("error: 1 of the 4 images of")
+    assert "Cannot read the image" in done.stderr.splitlines()[-1] and "2.jpg" in done.stderr.splitlines()[-1]
 
 
 def no_annotations(own):
