@@ -110,9 +110,9 @@ def read_average_precision(output: Path) -> tuple[float, float] | None:
     if not metrics_file.is_file():
         return None
     figures = None
-    for line in metrics_file.read_text(encoding="utf-8").splitlines():
+    for line in metrics_file.read_text(encoding="utf-8", errors="replace").splitlines():
         # A run that was killed may leave half a line.
-        with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(json.JSONDecodeError, TypeError):
             record = json.loads(line)
             if "segm/AP" in record:
                 figures = record["bbox/AP"], record["segm/AP"]

@@ -5,7 +5,6 @@ the CPU can go through the same lines with small sizes.
 """
 
 import gc
-import json
 import math
 import os
 import subprocess
@@ -22,6 +21,7 @@ from detectron2.config import CfgNode
 from torch import Tensor
 
 from ..checkpoint.files import read_weights
+from ..checkpoint.run_folder import read_metrics
 from ..config import image_size
 from ..data.digits import generate_digits
 from ..engine.setup import load_cfg
@@ -253,5 +253,4 @@ def weights_of(run: Path, num_steps: int) -> Tensor:
 
 def losses_of(output: Path) -> list[float]:
     """The losses in a run's metrics.json."""
-    lines = (output / "metrics.json").read_text(encoding="utf-8").splitlines()
-    return [record["total_loss"] for record in map(json.loads, lines) if "total_loss" in record]
+    return [record["total_loss"] for record in read_metrics(output / "metrics.json") if "total_loss" in record]
