@@ -14,14 +14,15 @@ def check_levels(cfg: CfgNode, levels: list[str], made_of: str) -> None:
     Raises:
         ValueError: a head reads another level, or the number of anchor sizes is not that of the RPN's levels.
     """
-    for head in ("RPN", "ROI_HEADS"):
+    heads = ("RETINANET",) if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else ("RPN", "ROI_HEADS")
+    for head in heads:
         if not set(cfg.MODEL[head].IN_FEATURES) <= set(levels):
             raise ValueError(
                 f"MODEL.{head}.IN_FEATURES is {cfg.MODEL[head].IN_FEATURES}. With {made_of} the levels are {levels}."
             )
     sizes = cfg.MODEL.ANCHOR_GENERATOR.SIZES
-    if len(sizes) not in (1, len(cfg.MODEL.RPN.IN_FEATURES)):
+    if len(sizes) not in (1, len(cfg.MODEL[heads[0]].IN_FEATURES)):
         raise ValueError(
-            f"MODEL.ANCHOR_GENERATOR.SIZES is {sizes}. It must have one list of sizes for each of MODEL.RPN."
-            f"IN_FEATURES, {cfg.MODEL.RPN.IN_FEATURES}."
+            f"MODEL.ANCHOR_GENERATOR.SIZES is {sizes}. It must have one list of sizes for each of MODEL.{heads[0]}."
+            f"IN_FEATURES, {cfg.MODEL[heads[0]].IN_FEATURES}."
         )

@@ -11,7 +11,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
 from timm.data.auto_augment import rand_augment_transform
 
-from ..config import add_karat_config, pretrain_config
+from ..config import add_karat_config, image_size, pretrain_config
 from ..data.mapper import build_augmentation
 from .config_values import leaves, shown
 from .divergence import ACTIONS
@@ -170,10 +170,11 @@ def _check_lists_that_belong_together(cfg: CfgNode) -> None:
     if 0 in model.RPN.CONV_DIMS:
         raise ValueError(f"MODEL.RPN.CONV_DIMS is {model.RPN.CONV_DIMS}. Each must be -1, or at least 1.")
     ratios = model.ANCHOR_GENERATOR.ASPECT_RATIOS
-    if len(ratios) not in (1, len(model.RPN.IN_FEATURES)) or not all(ratios):
+    head = "RETINANET" if model.META_ARCHITECTURE == "RetinaNet" else "RPN"
+    if len(ratios) not in (1, len(model[head].IN_FEATURES)):
         raise ValueError(
             f"MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS is {shown(ratios)}. It must have one list of ratios, or one for "
-            f"each of MODEL.RPN.IN_FEATURES, {model.RPN.IN_FEATURES}."
+            f"each of MODEL.{head}.IN_FEATURES, {model[head].IN_FEATURES}."
         )
     box_head = model.ROI_BOX_HEAD
     if box_head.USE_FED_LOSS and not (
@@ -182,6 +183,13 @@ def _check_lists_that_belong_together(cfg: CfgNode) -> None:
         raise ValueError(
             "MODEL.ROI_BOX_HEAD.USE_FED_LOSS is True. It needs USE_SIGMOID_CE True, and datasets that tell how many "
             f"images each class is in, as LVIS does; DATASETS.TRAIN is {cfg.DATASETS.TRAIN}."
+        )
+    height, width = image_size(cfg)
+    scale = cfg.INPUT.LSJ_SCALE
+    if cfg.INPUT.RESIZE == "lsj" and len(scale) == 2 and min(height, width) > 0 and scale[0] * min(height, width) < 4:
+        raise ValueError(
+            f"INPUT.LSJ_SCALE is {cfg.INPUT.LSJ_SCALE}, the model's IMG_SIZE and IMG_WIDTH {height} × {width}: the "
+            "smallest images would have a side of less than 4 pixels. Raise one of these."
         )
     if list(solver.STEPS) != sorted(set(solver.STEPS)):
         raise ValueError(f"SOLVER.STEPS is {solver.STEPS}. It must rise.")
