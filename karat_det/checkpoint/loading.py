@@ -163,6 +163,10 @@ class SafeCheckpointer(DetectionCheckpointer):
                 "weights: name it as MODEL.WEIGHTS (in pretraining, --init-from), with another OUTPUT_DIR and without "
                 "--resume."
             )
+        lacking = [key for key in self.checkpointables if self.resumes and key not in checkpoint]
+        # A run that has averaged no weights so far says so.
+        if lacking and checkpoint.get("averages", True):
+            raise ValueError(f"{filename} lacks {' and '.join(lacking)}, so no run can be resumed from it.")
         # Names are matched here by layout, and not by Detectron2's guess.
         checkpoint.pop("matching_heuristics", None)
         return checkpoint

@@ -203,7 +203,8 @@ class Pretrainer(TrainerBase):
 
     def _resume(self) -> None:
         saved = self.checkpointer.resume_or_load("", resume=True)
-        with foreign_state_refused():
+        with foreign_state_refused(f"The checkpoint in OUTPUT_DIR, {self.cfg.OUTPUT_DIR},"):
+            averages = bool(saved["averages"])
             _check_classes(f"The run in OUTPUT_DIR, {self.cfg.OUTPUT_DIR},", saved["classes"], self.classes)
         epoch, place = divmod(self.order.place, len(self.order))
         left = (len(self.order) - place) // self.cfg.SOLVER.IMS_PER_BATCH
@@ -214,7 +215,7 @@ class Pretrainer(TrainerBase):
                 f"SOLVER.EPOCHS is {self.cfg.SOLVER.EPOCHS}, and the run in OUTPUT_DIR, {self.cfg.OUTPUT_DIR}, has had "
                 f"{self.start_iter / self.epoch_length:.3g} epochs already."
             )
-        if self.ema and not saved["averages"]:
+        if self.ema and not averages:
             raise ValueError(
                 f"SOLVER.EMA_DECAY is {self.cfg.SOLVER.EMA_DECAY}, but the run in OUTPUT_DIR, {self.cfg.OUTPUT_DIR}, "
                 "has averaged no weights so far. Resume it with SOLVER.EMA_DECAY 0.0."
@@ -487,7 +488,8 @@ class _AfterEpoch(HookBase):
         return {"best": self.best, "figures": self.figures}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best, self.figures = state["best"], state["figures"]
+        self.best = float(state["best"])
+        self.figures = {str(name): float(value) for name, value in state["figures"].items()}
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:

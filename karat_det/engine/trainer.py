@@ -287,12 +287,12 @@ class Step(SimpleTrainer):
 
 
 @contextmanager
-def foreign_state_refused() -> Iterator[None]:
-    """Raises ValueError for what reading a run's state raises where it is none."""
+def foreign_state_refused(what: str = "It") -> Iterator[None]:
+    """Raises ValueError, whose subject is `what`, for what reading a run's state raises where it is none."""
     try:
         yield
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"It holds no state of a run to resume ({type(error).__name__}: {error}).") from error
+        raise ValueError(f"{what} holds no state of a run to resume ({type(error).__name__}: {error}).") from error
 
 
 def checked_iteration(state: Any) -> int:

@@ -253,6 +253,31 @@ def test_weights_that_do_not_fit_are_refused(make_cfg, tmp_path):
         Pretrainer(make_cfg(OUTPUT_DIR=tmp_path / "plain"), resume=True)
 
 
+def test_a_checkpoint_without_a_part_of_the_runs_state_is_refused(make_cfg):
+    cfg = make_cfg(**{"SOLVER.EPOCHS": 2})
+    train(cfg)
+    whole = saved(cfg)
+
+    def refused(message, without=(), **changes):
+        kept = {key: value for key, value in {**whole, **changes}.items() if key not in without}
+        torch.save(kept, f"{cfg.OUTPUT_DIR}/model_last.pth")
+        with pytest.raises(ValueError, match=message):
+            Pretrainer(cfg, resume=True)
+
+    run, step = whole["trainer"], whole["trainer"]["step"]
+    refused("holds weights and no state of a run", without=["trainer"])
+    refused("lacks model_ema, so no run can be resumed from it", without=["model_ema"])
+    refused(r"The checkpoint in OUTPUT_DIR, .* holds no state of a run to resume \(KeyError", without=["averages"])
+    refused(r"holds no state of a run to resume \(TypeError", classes=3)
+    refused("last iteration is -3", trainer={**run, "iteration": -3})
+    refused("could not convert", trainer={**run, "hooks": {"_AfterEpoch": {"best": "good", "figures": {}}}})
+    refused("has trained on 8 images", trainer={**run, "step": {**step, "order": {**step["order"], "images": 8}}})
+    refused("optimizer's state is none", trainer={**run, "step": {**step, "optimizer": {}}})
+    refused(
+        r"has had 1e\+11 epochs", trainer={**run, "step": {**step, "order": {**step["order"], "place": 9 * 10**11}}}
+    )
+
+
 def test_a_finished_run_does_nothing_and_goes_on_with_more_epochs(make_cfg, caplog):
     cfg = make_cfg()
     train(cfg)
