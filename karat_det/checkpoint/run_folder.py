@@ -90,10 +90,12 @@ def first_not_finite(content: Any) -> str:
         if tensor.is_floating_point() and tensor.numel():
             groups[tensor.device, tensor.dtype][name] = tensor.detach()
     for group in groups.values():
-        # The norm by the largest absolute value: one pass, no copies, and it cannot overflow.
-        finite = torch.stack(torch._foreach_norm(list(group.values()), torch.inf)).isfinite()
+        # One fast pass. A sum of squares overflows sooner than a value, so only what it tells of needs a second look.
+        finite = torch.stack(torch._foreach_norm(list(group.values()))).isfinite()
         if not finite.all():
-            return list(group)[finite.int().argmin().item()]
+            for (name, tensor), is_finite in zip(group.items(), finite.tolist(), strict=True):
+                if not is_finite and not tensor.isfinite().all():
+                    return name
     return ""
 
 

@@ -1,5 +1,6 @@
 """The processes of one run: how they start, how they agree, and how they come back after one has died."""
 
+import logging
 import os
 import re
 import socket
@@ -18,6 +19,8 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from . import signals
 from .output_dir import check_output_dir, claim
+
+logger = logging.getLogger(__name__)
 
 # What gloo and nccl say where the other end of a connection is gone.
 _LOST = re.compile(r"[Cc]onnection (closed|reset|refused)|Broken pipe|remote process exited|NCCL (error|communicator)")
@@ -139,6 +142,11 @@ def _join(backend: str) -> None:
     store, rank, world_size = next(distributed.rendezvous("env://", timeout=timeout))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         store = distributed.PrefixStore(f"attempt {restarts()}", store)
+    elif rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        logger.warning(
+            "With --max-restarts, a restart may hang on what the attempt before has left: on several machines set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun is started."
+        )
     distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
