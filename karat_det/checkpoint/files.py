@@ -68,11 +68,7 @@ def read_weights(path: str, *, averaged: bool = True) -> dict[str, Any]:
         raise
     except Exception as error:  # what a foreign file raises depends on its bytes
         # None, since what torch says goes on to advise that the file's code be run.
-        raise ValueError(
-            f"{path} is no weights file that can be read without running code from it: it is truncated, of "
-            f"another format, or holds more than tensors and plain values. Save a state dict with torch.save or "
-            f"safetensors. ({_reason(error)})"
-        ) from None
+        raise _unreadable(path, error) from None
     containers = AVERAGED + CONTAINERS if averaged else CONTAINERS + AVERAGED
     place, state = _find_state(loaded, containers)
     if state is None:
@@ -82,6 +78,24 @@ def read_weights(path: str, *, averaged: bool = True) -> dict[str, Any]:
         raise ValueError(f"{path} holds no state dict, neither bare nor under {', '.join(containers)}, but {held}.")
     beside = {key: value for key, value in loaded.items() if key != place} if place else {}
     return beside | {"model": _without_count(_of_one_model(state, containers))}
+
+
+def check_weights(path: str) -> None:
+    """Raises ValueError, as `read_weights` does, if a file shows before it is read that it cannot be."""
+    try:
+        check_before_reading(path)
+    except OSError:
+        raise
+    except Exception as error:  # what a foreign file raises depends on its bytes
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"{path} is no weights file that can be read without running code from it: it is truncated, of another format, "
+        f"or holds more than tensors and plain values. Save a state dict with torch.save or safetensors. "
+        f"({_reason(error)})"
+    )
 
 
 def _reason(error: Exception) -> str:

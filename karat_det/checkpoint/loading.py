@@ -18,7 +18,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from ..attention import KArAtOperator
-from .files import read_weights
+from .files import check_weights, read_weights
 from .inspection import not_a_file
 from .layouts import HEAD, LAYOUTS, convert_state, copy_operator_to_blocks, required_tensors
 from .resampling import resample_state, token_grids
@@ -302,7 +302,10 @@ def load_weights(
 
 
 def check_weights_file(path: str, key: str = "MODEL.WEIGHTS") -> None:
-    """Raises FileNotFoundError, naming `key`, unless `path` is a file; addresses with a scheme are PathManager's."""
+    """Raises FileNotFoundError, naming `key`, unless `path` is a file; addresses with a scheme are PathManager's.
+
+    Raises ValueError where the file is none that can be read, as far as it shows that in a moment.
+    """
     if not path:
         raise FileNotFoundError(
             f"{key} names no weights file, and this needs one: for example model_best.pth in the OUTPUT_DIR of a run."
@@ -311,6 +314,8 @@ def check_weights_file(path: str, key: str = "MODEL.WEIGHTS") -> None:
         raise FileNotFoundError(f"{key} is {path!r}, which is {kind}, and must be a file ({os.path.abspath(path)}).")
     if "://" not in path and not os.path.isfile(path):
         raise FileNotFoundError(f"{key} is {path!r}, but there is no such file ({os.path.abspath(path)}). Name one.")
+    if "://" not in path:
+        check_weights(path)
 
 
 def _drop_foreign_head(

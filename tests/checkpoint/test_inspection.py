@@ -12,7 +12,7 @@ from hostile_files import write_hostile_files
 from karat_det.backbones.classifiers import build_classifier
 from karat_det.checkpoint.files import read_weights
 from karat_det.checkpoint.inspection import not_a_file
-from karat_det.checkpoint.loading import load_weights
+from karat_det.checkpoint.loading import check_weights_file, load_weights
 from karat_det.config import pretrain_config
 
 # Reads each file that it is given with one more gigabyte of memory than the process has so far.
@@ -68,6 +68,12 @@ def test_checkpoints_of_many_tensors_and_long_lists_are_read(tmp_path):
 def test_expanded_tensors_that_are_small_are_read(tmp_path):
     torch.save({"model": {"position_ids": torch.arange(2).expand(3, 2)}}, tmp_path / "w.pth")
     assert read_weights(str(tmp_path / "w.pth"))["model"]["position_ids"].tolist() == [[0, 1]] * 3
+
+
+def test_a_hostile_file_is_refused_before_anything_else_is_done(tmp_path):
+    (tmp_path / "w.pkl").write_bytes(b"\x80\x02}r\xff\xff\xff\x3f.")
+    with pytest.raises(ValueError, match=r"w\.pkl is no weights file .*room for 1,073,741,823 values"):
+        check_weights_file(str(tmp_path / "w.pkl"))
 
 
 def test_what_is_no_file_is_said(tmp_path):
