@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -41,6 +42,8 @@ def check(monkeypatch, capsys, tmp_path):
                 raise KeyboardInterrupt
             return "the report\n", passed
 
+        # The real one would take over the signals of this process.
+        monkeypatch.setitem(sys.modules, "early_signals", ModuleType("early_signals"))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(gpu_check, "run_gpu_check", run_gpu_check)
         monkeypatch.setattr(sys, "argv", [CHECK_GPU, *arguments])

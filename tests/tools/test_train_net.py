@@ -309,7 +309,7 @@ def test_mistakes_end_in_one_line_before_anything_is_trained(own, tmp_path, brea
 )
 def test_mistakes_of_eval_only_end_in_one_line_before_anything_is_measured(own, tmp_path, overrides, message):
     no_image_file(own)
-    (tmp_path / "weights.pth").touch()
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "weights.pth")
     weights = ["MODEL.WEIGHTS", str(tmp_path / "weights.pth"), "OUTPUT_DIR", str(tmp_path / "out")]
     error = error_of("--eval-only", *SMALL_MODEL, *own.overrides(), *weights, *overrides)
     assert error.startswith("error: ") and message in error
