@@ -242,8 +242,8 @@ class _Walk:
             self.marks.append(len(stack))
         else:
             taken = self._take(instruction.stack_before)
-            if made := self._make(name, argument, taken):
-                stack.append(made)
+            if instruction.stack_after:  # FRAME and PROTO, for example, make nothing
+                stack.append(self._make(name, argument, taken))
 
     def _take(self, before: list[pickletools.StackObject]) -> list[_Value]:
         above = []
@@ -258,9 +258,7 @@ class _Walk:
         del self.stack[first:]
         return taken + above
 
-    def _make(self, name: str, argument: Any, taken: list[_Value]) -> _Value | None:
-        if name in ("POP", "POP_MARK", "STOP"):
-            return None
+    def _make(self, name: str, argument: Any, taken: list[_Value]) -> _Value:
         if name in ("APPEND", "APPENDS", "LIST", "EMPTY_LIST"):
             container, items = (_Value(), taken) if name.endswith("LIST") else (taken[0], taken[1:])
             # What was kept of it in the memo sees the items too.

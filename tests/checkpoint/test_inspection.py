@@ -2,9 +2,11 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hostile_files import write_hostile_files
@@ -63,6 +65,17 @@ def test_checkpoints_of_many_tensors_and_long_lists_are_read(tmp_path):
         torch.save({"model": state, **plain}, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
         held = read_weights(str(tmp_path / "w.pth"))
         assert len(held["model"]) == 3_000 and {key: held[key] for key in plain} == plain
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_a_pickle_is_read_wherever_a_frame_of_it_ends(tmp_path, protocol):
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    for length in range(15_900, 16_400, 2):
+        # Python ends a frame where it has 64 KiB by then: here in turn behind every instruction of the array.
+        before = ["a" * length, *(letter * 16_384 for letter in "bcd")]
+        (tmp_path / "w.pkl").write_bytes(pickle.dumps({"before": before, "model": {"w": array}}, protocol))
+        held = read_weights(str(tmp_path / "w.pkl"))
+        assert held["model"]["w"].tolist() == array.tolist() and held["before"] == before
 
 
 def test_expanded_tensors_that_are_small_are_read(tmp_path):
