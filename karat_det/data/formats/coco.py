@@ -216,6 +216,7 @@ def _read_images(content: dict[str, Any], report: Report) -> tuple[list[Image], 
     images: list[Image] = []
     places: dict[Id, int] = {}
     first: dict[Id, int] = {}
+    entry_of_file: dict[str, int] = {}
     for index, image in _objects(content, "images", report):
         file_name = image.get("file_name")
         if type(file_name) is not str or not file_name:
@@ -245,6 +246,16 @@ def _read_images(content: dict[str, Any], report: Report) -> tuple[list[Image], 
             )
             continue
         places[key], first[key] = len(images), index
+        if type(file_name) is str and file_name:
+            before = entry_of_file.setdefault(os.path.normpath(file_name), index)
+            if before != index:
+                report.add(
+                    "file-twice",
+                    "images",
+                    index,
+                    image,
+                    f"the file is that of images[{before}], too. Give an image one entry, and each its own file_name.",
+                )
         images.append(Image(id, file_name, width if height else 0, height if width else 0))
     return images, places
 
@@ -309,10 +320,11 @@ def _read_annotations(
         place = _referred(annotation, "image_id", image_of, index, report)
         number = _referred(annotation, "category_id", classes, index, report)
         iscrowd = _read_iscrowd(annotation, note)
-        if annotation.get("ignore"):
+        if annotation.get("ignore") and not iscrowd:
             note(
                 "ignore",
-                f"ignore is {short(annotation['ignore'])}. Set iscrowd 1 for what is neither trained on nor counted.",
+                f"ignore is {short(annotation['ignore'])}, iscrowd 0. Set iscrowd 1 for what is neither trained on nor "
+                "counted, or remove ignore.",
             )
         if place is None:
             continue

@@ -7,6 +7,8 @@ from .report import Report, place_of
 
 # Pixels by which a box may leave its image, as rounding and amodal boxes do.
 _MARGIN = 2.0
+# Boxes that say something by what they all have in common.
+_ENOUGH = 10
 _MEANING = "A bbox must be [x, y, width, height], in pixels from the upper left corner."
 # Other meanings of four numbers (a, b, c, d), as extents.
 _READINGS = {
@@ -23,6 +25,7 @@ class BoxHabits:
     boxes: int = 0
     fractions: int = 0
     leaving: int = 0
+    inside_as_corners: int = 0
     masked: int = 0
     masks_as_fractions: int = 0
     corners_by_area: int = 0
@@ -64,6 +67,7 @@ class BoxHabits:
         elif _has_area_of_corners(box, annotation.get("area")):
             self.corners_by_area += 1
             kinds.append("corners by area")
+        self.inside_as_corners += _is_inside((x, y, w, h), width, height)
         # Where its mask is with it, a box is right, wherever it is.
         if agreement < 0.8 and not _is_inside((x, y, x + w, y + h), width, height):
             self.leaving += 1
@@ -79,6 +83,8 @@ class BoxHabits:
         half of whose masks are fractions."""
         as_mask = max(self.fit_mask, key=self.fit_mask.__getitem__)
         as_image = max(self.fit_image, key=self.fit_image.__getitem__)
+        # Of boxes that are meant as COCO has them, some start further right or down than they are wide or high.
+        all_as_corners = self.inside_as_corners == self.boxes >= _ENOUGH
         if 2 * self.fractions > self.boxes:
             rule = "boxes-as-fractions"
             detail = (
@@ -105,14 +111,15 @@ class BoxHabits:
                 f"{self.corners_by_area} of {self.boxes} boxes have the area of corners [x1, y1, x2, y2], such as "
                 f"{self.first['corners by area']}. Are they? {_MEANING}"
             )
-        elif 2 * self.leaving > self.boxes:
+        elif (10 if all_as_corners else 2) * self.leaving > self.boxes:
             rule = "boxes-as-corners"
             fit = self.fit_image[as_image]
+            guess = f"{fit} of these would fit as {as_image}. Are they?"
+            if 2 * fit <= self.leaving:
+                guess = "Are they for images of another size? If not, clip them to theirs."
             detail = (
-                f"{self.leaving} of {self.boxes} boxes leave their image, such as {self.first['leaving']}. "
-                + (f"{fit} of these would fit as {as_image}. Are they? " if 2 * fit > self.leaving else "")
-                + ("" if 2 * fit > self.leaving else "Are they for images of another size? ")
-                + _MEANING
+                f"{self.leaving} of {self.boxes} boxes leave their image, such as {self.first['leaving']}. {guess} "
+                f"{_MEANING}"
             )
         elif self.masks_as_fractions > self.masked:
             rule = "masks-as-fractions"

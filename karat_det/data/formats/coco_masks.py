@@ -53,7 +53,6 @@ def _read_polygons(value: list, width: int, height: int, note: Note) -> tuple[li
         polygons = [polygons]
     elif len(polygons) > 2 and all(_is_point(point) for point in polygons):
         # Points and no polygons: none of these has two numbers.
-        note("polygon-pairs", lambda: f"segmentation is {short(value)}")
         polygons = [polygons]
     far = FAR * max(width, height)
     read = []

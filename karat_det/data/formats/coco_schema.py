@@ -68,6 +68,9 @@ RULES: dict[str, Rule] = {
     "id-missing": Rule("put right", "ids", "Annotations without an id are numbered."),
     # Images.
     "file-name": Rule("refused", "images", "A file_name that is missing, empty or no text, or a URL."),
+    "file-twice": Rule(
+        "refused", "images", "Two images with the same file_name: each would lack the objects of the other."
+    ),
     "size": Rule(
         "refused",
         "images",
@@ -97,8 +100,8 @@ RULES: dict[str, Rule] = {
         "boxes",
         "More than half of the file's boxes leave their image by more than two pixels, and not with their masks; or "
         "overlap what their masks span by less than half; or fit their masks better as corners [x1, y1, x2, y2], from "
-        "their centre, or as [y, x, height, width]; or have no masks and the area of corners. The error says what was "
-        "seen.",
+        "their centre, or as [y, x, height, width]; or have no masks and the area of corners. Or more than a tenth "
+        "leave their image, and all, ten at least, would be inside as corners. The error says what was seen.",
     ),
     # Masks.
     "mask": Rule(
@@ -142,7 +145,7 @@ RULES: dict[str, Rule] = {
         "annotations",
         'An iscrowd that is null is 0; true and false, 1.0 and 0.0, "1" and "0" are 1 and 0.',
     ),
-    "ignore": Rule("refused", "annotations", "An `ignore` other than 0: iscrowd 1 says this."),
+    "ignore": Rule("refused", "annotations", "An `ignore` other than 0 where iscrowd, which says this, is not 1."),
     "area": Rule("refused", "annotations", "An area that is no number, negative, not finite or above 2^53."),
     "area-missing": Rule(
         "put right",

@@ -145,6 +145,14 @@ REFUSED = [
     ("file-name", without("images", "file_name"), r"images\[1\] \(id 2\): file_name is missing"),
     *[("file-name", with_("images", file_name=url), "is a URL") for url in ("http://x.org/2.jpg", "s3://b/2.jpg")],
     *[
+        (
+            "file-twice",
+            with_("images", file_name=name),
+            r"images\[1\] \(id 2, file_name '.*1.jpg'\): the file is that of images\[0\]",
+        )
+        for name in ("1.jpg", "./1.jpg")
+    ],
+    *[
         ("size", with_("images", width=value), r"images\[1\] \(id 2, file_name '2.jpg'\): width is")
         for value in (0, -80, 80.5, "80", None, True, [80], NAN, 10**9)
     ],
@@ -267,7 +275,7 @@ REFUSED = [
         ("iscrowd", with_("annotations", iscrowd=value), PLACE + "iscrowd is")
         for value in (2, -1, "yes", "", 0.5, [], NAN)
     ],
-    *[("ignore", with_("annotations", ignore=value), "iscrowd 1") for value in (1, True)],
+    *[("ignore", with_("annotations", ignore=value), "Set iscrowd 1 .* or remove ignore") for value in (1, True)],
     *[
         ("area", with_("annotations", area=value), PLACE + "area is")
         for value in (10**400, 1e300, -1, NAN, INFINITY, "600", True, [])
@@ -299,6 +307,30 @@ def test_boxes_without_masks_that_look_like_corners_are_refused(tmp_path):
     assert len(read(tmp_path, changed).annotations[2]) == 1
 
 
+def test_a_tenth_of_the_boxes_is_enough_where_all_would_be_corners(tmp_path):
+    changed = content()
+    boxes = [[5, 5, 30, 20], [10, 2, 25, 24], [3, 8, 20, 30]] * 3 + [[50, 10, 75, 45]] * 2
+    changed["annotations"] = [
+        {"id": i, "image_id": 1, "category_id": 1, "bbox": bbox, "area": bbox[2] * bbox[3]}
+        for i, bbox in enumerate(boxes)
+    ]
+    with pytest.raises(ValueError, match=r"2 of 11 boxes leave .* 2 of these would fit as corners"):
+        read(tmp_path, changed)
+    # It starts further right than it is wide.
+    changed["annotations"][0]["bbox"] = [30, 5, 10, 20]
+    assert len(read(tmp_path, changed).annotations[0]) == 11
+
+
+def test_boxes_that_leave_their_image_and_are_no_corners_either_are_asked_back(tmp_path):
+    changed = all_with("annotations", "bbox", [[-10, 10, 95, 20]] * 4)
+    for annotation in changed["annotations"]:
+        del annotation["segmentation"]
+    with pytest.raises(
+        ValueError, match=r"4 of 4 boxes leave .* of another size\? If not, clip them to theirs\. A bbox"
+    ):
+        read(tmp_path, changed)
+
+
 def test_boxes_with_the_area_of_corners_are_refused(tmp_path):
     changed = all_with("annotations", "bbox", [[10, 10, 40, 30], [5, 5, 25, 35], [20, 10, 30, 15], [10, 10, 30, 20]])
     for annotation, area in zip(changed["annotations"], [600, 600, 50.2, 600], strict=True):
@@ -328,6 +360,7 @@ PUT_RIGHT = [
     ([], with_("annotations", id=2**80), None),
     ([], without("annotations", "iscrowd"), None),
     ([], with_("annotations", ignore=0), None),
+    ([], with_("annotations", ignore=1, iscrowd=1), {"iscrowd": 1}),
     (["id-text"], with_("annotations", id="a"), None),
     (["id-text", "id-other-type"], with_("annotations", image_id="2"), None),
     (["id-text", "id-other-type"], with_("annotations", category_id="1"), None),
@@ -404,6 +437,12 @@ def test_boxes_outside_the_image_or_without_area_are_left_out(tmp_path, bbox, ca
     rules = ["bbox-empty", "bbox-negative"] if min(bbox[2:]) < 0 else ["bbox-empty"]
     found = read_right(tmp_path, boxed(*bbox), rules, caplog)
     assert [len(of_image) for of_image in found.annotations] == [1, 0, 1, 1]
+
+
+@pytest.mark.parametrize("points", [[[10, 10], [40, 10], [40, 30]], [[[10, 10], [40, 10], [40, 30]]]])
+def test_what_is_put_right_is_counted_once(tmp_path, points, caplog):
+    read_right(tmp_path, masked(points), ["polygon-pairs"], caplog)
+    assert "some.json: 1 put right" in caplog.text
 
 
 def test_every_rule_has_an_example():
