@@ -131,6 +131,8 @@ def _check_without_effect(cfg: CfgNode, defaults: CfgNode) -> None:
 def _check_output_dir(cfg: CfgNode) -> None:
     if not cfg.OUTPUT_DIR.strip():
         raise ValueError(f"OUTPUT_DIR is {cfg.OUTPUT_DIR!r}. It must be the path of a folder.")
+    if "://" in cfg.OUTPUT_DIR:
+        raise ValueError(f"OUTPUT_DIR is {shown(cfg.OUTPUT_DIR)}. It must be the path of a folder on this machine.")
     if any(len(os.fsencode(part)) > _MAX_NAME for part in cfg.OUTPUT_DIR.split("/")):
         raise ValueError(f"OUTPUT_DIR is {shown(cfg.OUTPUT_DIR)}. A folder's name has at most {_MAX_NAME} bytes.")
 
@@ -190,6 +192,11 @@ def _check_lists_that_belong_together(cfg: CfgNode) -> None:
         raise ValueError(
             f"INPUT.LSJ_SCALE is {cfg.INPUT.LSJ_SCALE}, the model's IMG_SIZE and IMG_WIDTH {height} × {width}: the "
             "smallest images would have a side of less than 4 pixels. Raise one of these."
+        )
+    if cfg.DATALOADER.SAMPLER_TRAIN == "RandomSubsetTrainingSampler" and "RANDOM_SUBSET_RATIO" not in cfg.DATALOADER:
+        raise ValueError(
+            "DATALOADER.SAMPLER_TRAIN is RandomSubsetTrainingSampler. It needs DATALOADER.RANDOM_SUBSET_RATIO, a key "
+            "that this Detectron2 does not have."
         )
     if list(solver.STEPS) != sorted(set(solver.STEPS)):
         raise ValueError(f"SOLVER.STEPS is {solver.STEPS}. It must rise.")

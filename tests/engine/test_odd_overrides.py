@@ -98,7 +98,9 @@ def test_an_odd_value_starts_a_run_or_is_refused_by_key(data, tmp_path, kind, dr
         ("MODEL.ROI_BOX_HEAD.USE_FED_LOSS", "True"),
         ("MODEL.FPN.NORM", "''"),
         ("MODEL.FPN.NORM", "SyncBN"),
+        ("DATALOADER.SAMPLER_TRAIN", "RandomSubsetTrainingSampler"),
         ("OUTPUT_DIR", ""),
+        ("OUTPUT_DIR", "s3://runs/1"),
         ("OUTPUT_DIR", "x" * 300),
     ],
 )
