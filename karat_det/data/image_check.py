@@ -193,6 +193,8 @@ def _report(problems: Sequence[_Problem], num_images: int, source: str, hint: st
             f"{len(missing)} of the {num_images} images of {source} do not exist: {names}. Put them there, or take "
             "them out of the JSON."
         )
+        if any("\\" in path for path in missing):
+            lines[0] += " A path has / between its folders here, not \\ as on Windows."
         folders = sorted({os.path.dirname(os.path.abspath(path)) for path in missing})
         absent = [folder for folder in folders if not os.path.isdir(folder)]
         if absent:

@@ -118,6 +118,15 @@ def test_all_that_is_wrong_is_in_one_report(records, tmp_path):
     assert lines[-1] == "… and 15 more."
 
 
+def test_names_as_windows_has_them_are_told_what_is_wrong(records, tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
+        check([*records, {"file_name": str(tmp_path / "none.png")}], tmp_path)
+    assert "Windows" not in str(caught.value)
+    records[0]["file_name"] = str(tmp_path / "images\\0.png")
+    with pytest.raises(FileNotFoundError, match=r"images\\0\.png\. .* A path has / between its folders here, not"):
+        check(records, tmp_path)
+
+
 def test_where_not_all_are_needed_one_that_can_be_used_is_enough(records, tmp_path):
     for record in records[1:]:
         record["width"] = 9

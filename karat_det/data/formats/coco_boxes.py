@@ -92,6 +92,12 @@ class BoxHabits:
                 f"{self.first['fractions']}. Are they? Multiply x and width by the image's width, y and height by its "
                 "height."
             )
+        elif self.masks_as_fractions > self.masked:
+            rule = "masks-as-fractions"
+            detail = (
+                f"{self.masks_as_fractions} of {self.masks_as_fractions + self.masked} masks look like fractions of "
+                "the image. Are they? Multiply x by the image's width, y by its height."
+            )
         elif 2 * self.fit_mask[as_mask] > self.masked:
             rule = "boxes-as-corners"
             detail = (
@@ -120,12 +126,6 @@ class BoxHabits:
             detail = (
                 f"{self.leaving} of {self.boxes} boxes leave their image, such as {self.first['leaving']}. {guess} "
                 f"{_MEANING}"
-            )
-        elif self.masks_as_fractions > self.masked:
-            rule = "masks-as-fractions"
-            detail = (
-                f"{self.masks_as_fractions} of {self.masks_as_fractions + self.masked} masks look like fractions of "
-                "the image. Are they? Multiply x by the image's width, y by its height."
             )
         else:
             return

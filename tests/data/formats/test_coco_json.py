@@ -271,6 +271,12 @@ REFUSED = [
         all_with("annotations", "segmentation", [[[0.1, 0.2, 0.5, 0.2, 0.5, 0.6]]] * 3 + [[square()]]),
         "3 of 4 masks look like fractions",
     ),
+    (
+        # The last one covers a pixel, far from its box.
+        "masks-as-fractions",
+        all_with("annotations", "segmentation", [[[0.1, 0.2, 0.5, 0.2, 0.5, 0.6]]] * 3 + [[square(0, 0, 1, 1)]]),
+        "3 of 4 masks look like fractions",
+    ),
     *[
         ("iscrowd", with_("annotations", iscrowd=value), PLACE + "iscrowd is")
         for value in (2, -1, "yes", "", 0.5, [], NAN)
