@@ -73,7 +73,16 @@ def run_step(what: str, *arguments: str) -> None:
     print(f"    python {' '.join(arguments)}", flush=True)
     start = time.monotonic()
     environment = {"OMP_NUM_THREADS": "1", **os.environ} if "torch.distributed.run" in arguments else None
-    status = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment).returncode
+    with subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment) as process:
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            # A terminal's Ctrl-C goes to the step too, which saves a checkpoint before it ends.
+            try:
+                process.wait()
+            finally:
+                process.kill()
+            raise
     if status != 0:
         say(f"Stopped: the step '{what}' failed with exit status {status}. Its message is above.")
         raise SystemExit(status if status > 0 else 128 - status)

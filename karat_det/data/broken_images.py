@@ -10,6 +10,10 @@ logger = logging.getLogger(__name__)
 BROKEN_IN = 1000
 
 
+class TooManyBroken(ValueError):
+    """More images cannot be read than may be skipped."""
+
+
 class BrokenImages:
     """Counts which of a set of images are broken, in all processes of a loader together.
 
@@ -30,12 +34,12 @@ class BrokenImages:
         """Names a broken image in the log.
 
         Raises:
-            ValueError: it is one too many.
+            TooManyBroken: it is one too many.
         """
         self.seen[index] = True
         count, total = int(self.seen.sum()), len(self.seen)
         if count * BROKEN_IN > total:
-            raise ValueError(
+            raise TooManyBroken(
                 f"{error} It is broken image {count} of the {total} of {self.place}, and no more than 1 in "
                 f"{BROKEN_IN} may be skipped."
             ) from error

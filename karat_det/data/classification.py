@@ -16,7 +16,7 @@ from fvcore.common.config import CfgNode
 from PIL import Image
 from torchvision import datasets as torchvision_datasets
 
-from .broken_images import BROKEN_IN, BrokenImages
+from .broken_images import BROKEN_IN, BrokenImages, TooManyBroken
 from .class_folders import find_labelled_images
 from .digits import generate_crops
 from .image_check import NUM_SAMPLED, Header, read_headers, spread
@@ -140,7 +140,7 @@ class LabelledImages(torch.utils.data.Dataset):
         self.broken |= torch.stack(list(of_processes)).any(dim=0)
         count, total = int(self.broken.sum()), len(self.broken)
         if count * BROKEN_IN > total:
-            raise ValueError(
+            raise TooManyBroken(
                 f"{count} of the {total} images of {self.split.place} are broken, and no more than 1 in {BROKEN_IN} "
                 "may be skipped. The logs of the processes name them. Replace or remove the files."
             )

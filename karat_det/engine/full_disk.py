@@ -9,6 +9,7 @@ import threading
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import IO
 
 from detectron2.config import CfgNode
@@ -18,7 +19,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import JSONWriter
 from detectron2.utils.logger import setup_logger
 
-from ..checkpoint.run_folder import say_last_good, say_room
+from ..checkpoint.run_folder import say_last_good, say_room, write_whole
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Of torch.save, which leaves the reason out.
@@ -50,14 +51,21 @@ def is_full(error: BaseException) -> bool:
 def start_log(cfg: CfgNode, args: Namespace) -> None:
     """Starts the log of a run in OUTPUT_DIR, and writes its config.yaml, as Detectron2's `default_setup` does.
 
+    With --eval-only the config.yaml of a run that is there stays.
+
     Args:
         cfg, args: as for `default_setup`.
 
     Raises:
         OSError: the disk is full. Later it is the log that raises it.
     """
+    config = Path(cfg.OUTPUT_DIR, "config.yaml")
+    keeps = args.eval_only and comm.is_main_process() and config.is_file()
+    of_run = config.read_bytes() if keeps else b""
     with full_disk_named(cfg.OUTPUT_DIR):
         default_setup(cfg, args)
+        if keeps:
+            write_whole(config, lambda path: Path(path).write_bytes(of_run))
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="karat_det")
     for name in ("karat_det", "detectron2", "fvcore"):
         for handler in logging.getLogger(name).handlers:

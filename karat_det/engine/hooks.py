@@ -2,23 +2,31 @@
 
 import logging
 import time
+from collections.abc import Callable
 
+from detectron2.data.detection_utils import SizeMismatchError
+from detectron2.engine import TrainerBase
 from detectron2.engine.hooks import EvalHook, HookBase
 
 from ..checkpoint.loading import SafeCheckpointer
 from ..checkpoint.run_folder import keep_last
+from ..data.broken_images import TooManyBroken
 from . import signals
 from .full_disk import is_full
-from .processes import RunFailed, agree, is_loss
+from .processes import RunFailed, agree, is_lack_of_memory, is_loss
+
+logger = logging.getLogger(__name__)
 
 # Name of the checkpoint that is saved between the numbered ones, each in place of the one before.
 LAST = "model_last"
+# What the machine or the data is the cause of. Any other error is the program's, and keeps its trace.
+_NO_TRACE = OSError, FloatingPointError, RunFailed, TooManyBroken, SizeMismatchError
 
 
 def _tell_in_one_line(record: logging.LogRecord) -> bool:
     """Drops the trace that Detectron2's loop logs of an error which the command then says in a line."""
     error = record.exc_info[1] if record.exc_info else None
-    return not (isinstance(error, OSError | FloatingPointError | RunFailed) or is_loss(error))
+    return not (isinstance(error, _NO_TRACE) or is_loss(error) or is_lack_of_memory(error))
 
 
 logging.getLogger("detectron2.engine.train_loop").addFilter(_tell_in_one_line)
@@ -86,6 +94,24 @@ class Evaluation(EvalHook):
         if self.trainer.iter < self.trainer.max_iter:
             self.checkpoints.save()
         evaluate_safely(super()._do_eval, self.trainer.iter, self.checkpoints.checkpointer)
+
+
+def save_after_failure(trainer: TrainerBase, step, save: Callable[[], None]) -> None:
+    """Saves a run that an error ends, as it was after its last whole step; what hinders that does not hide the error.
+
+    Args:
+        trainer: of the run; its iteration is the one that failed, and the one before when it is saved.
+        step: see `Step.intact`.
+        save: saves the run.
+    """
+    if not step.intact or trainer.iter <= trainer.start_iter:
+        return
+    step.undo()
+    trainer.iter = trainer.storage.iter = step.iter = trainer.iter - 1
+    try:
+        save()
+    except Exception as error:
+        logger.warning("The run could not be saved: %s: %s", type(error).__name__, error)
 
 
 def evaluate_safely(evaluate, iteration: int, checkpointer: SafeCheckpointer):

@@ -39,7 +39,7 @@ from ..data.classification import NO_LABEL, LabelledImages, build_datasets
 from . import signals
 from .checks import check_pretrain_config, mixes_labels
 from .full_disk import Writers, full_disk_named
-from .hooks import LAST, evaluate_safely
+from .hooks import LAST, evaluate_safely, save_after_failure
 from .model_check import check_room
 from .optimizer import FULL_MODEL, NO_WEIGHT_DECAY
 from .order import CountedLoader, EpochBatches, ImageOrder, SeededImages
@@ -132,7 +132,7 @@ class Pretrainer(TrainerBase):
             self.model, cfg.OUTPUT_DIR, save_to_disk=comm.is_main_process(), trainer=self, **averaged
         )
         self.step.checkpointer = self.checkpointer
-        after_epoch = _AfterEpoch()
+        self.after_epoch = after_epoch = _AfterEpoch()
         stopping = _BetweenEpochs(after_epoch, cfg.SOLVER.CHECKPOINT_MINUTES)
         self.resumption = Resumption(f"{cfg.OUTPUT_DIR}/metrics.json", METRIC, (_AfterEpoch,))
         self.register_hooks([IterationTimer(), _AfterStep(), stopping, after_epoch, self.resumption])
@@ -170,6 +170,10 @@ class Pretrainer(TrainerBase):
     def run_step(self) -> None:
         self.step.iter = self.iter
         self.step.run_step()
+
+    def after_train(self) -> None:
+        save_after_failure(self, self.step, lambda: self.save(LAST, self.after_epoch.figures))
+        super().after_train()
 
     def evaluate(self) -> dict[str, float]:
         """Measures the averaged weights, or the weights where none are averaged, on the validation split."""

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 _LOST = re.compile(r"[Cc]onnection (closed|reset|refused)|Broken pipe|remote process exited|NCCL (error|communicator)")
 # What torch says where a worker of a data loader is.
 _LOADER = "DataLoader worker (pid"
+# What torch puts in front of an error in one.
+_IN_LOADER = re.compile(r"Caught (\w+) in DataLoader worker process \d+\.\nOriginal Traceback")
 # What torch says, in a RuntimeError, where the CPU has no memory.
 _NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 _STARTED_BY = ".started_by"
@@ -106,7 +108,7 @@ def _told_in_one_line() -> Iterator[None]:
         with _lack_of_memory_named():
             yield
     except (ValueError, OSError, FloatingPointError, RunFailed) as error:
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit(f"error: {without_trace(error)}") from None
     except RuntimeError as error:
         if not is_loss(error):
             raise
@@ -123,9 +125,9 @@ def _lack_of_memory_named() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and _NO_MEMORY not in str(error):
+        if not is_lack_of_memory(error):
             raise
-        what = str(error).strip().partition("\n")[0] or "MemoryError"
+        what = without_trace(error).partition("\n")[0] or "MemoryError."
         raise RunFailed(
             f"There is not enough memory for the run: {what} Lower SOLVER.IMS_PER_BATCH or the model's IMG_SIZE."
         ) from None
@@ -154,6 +156,21 @@ def is_loss(error: BaseException | None) -> bool:
     """Whether an error says that another process is gone, of the run or one that reads images."""
     lost = comm.get_world_size() > 1 and _LOST.search(str(error))
     return isinstance(error, RuntimeError) and bool(lost or _LOADER in str(error))
+
+
+def is_lack_of_memory(error: BaseException | None) -> bool:
+    """Whether an error says that a processor or a GPU has no memory left."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and _NO_MEMORY in str(error)
+    )
+
+
+def without_trace(error: BaseException) -> str:
+    """An error's message, without the trace that torch puts in front of one of a process that reads images."""
+    message = str(error).strip()
+    if caught := _IN_LOADER.match(message):
+        return re.split(rf"^(?:[\w.]+\.)?{caught[1]}(?:: |$)", message, flags=re.MULTILINE)[-1].strip()
+    return message
 
 
 def restarts() -> int:

@@ -15,6 +15,7 @@ from detectron2.engine import DefaultTrainer, SimpleTrainer, TrainerBase, create
 from detectron2.engine.hooks import EvalHook, HookBase, LRScheduler, PeriodicCheckpointer, PeriodicWriter
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint.loading import SafeCheckpointer
@@ -25,10 +26,10 @@ from ..evaluation.coco import FasterCOCOEvaluator
 from . import signals
 from .divergence import Divergence
 from .full_disk import Writers, full_disk_named
-from .hooks import Checkpoints, Evaluation
+from .hooks import Checkpoints, Evaluation, save_after_failure
 from .optimizer import FULL_MODEL, build_optimizer, load_optimizer_state, optimizer_state
 from .order import CountedLoader, SeededImages, build_order
-from .processes import agree
+from .processes import RunFailed, agree
 from .resumption import Resumption
 
 logger = logging.getLogger(__name__)
@@ -105,6 +106,9 @@ class Trainer(DefaultTrainer):
         if self.iter < self.max_iter:
             # An error ended the run. In the last iteration Detectron2 would still evaluate what it left behind.
             self._hooks = [hook for hook in self._hooks if not isinstance(hook, (EvalHook, BestCheckpointer))]
+            for checkpoints in self._hooks:
+                if isinstance(checkpoints, Checkpoints):
+                    save_after_failure(self, self._trainer, checkpoints.save)
         # A run that had had its last iteration counts it again.
         self.iter = min(self.iter, self.max_iter)
         super().after_train()
@@ -173,6 +177,7 @@ class Step(SimpleTrainer):
 
     Attributes:
         updated: whether the last step has changed the weights.
+        intact: whether an error in this step has left all processes as they were before it, but for what `undo` undoes.
         checkpointer: of the run, once there is one.
     """
 
@@ -186,11 +191,18 @@ class Step(SimpleTrainer):
         self.last_losses: dict[str, float] = {}
         self.divergence = Divergence(cfg.SOLVER)
         self.checkpointer: SafeCheckpointer | None = None
-        self.updated = False
+        self.updated = self.intact = False
+        norms = [module for module in model.modules() if isinstance(module, _NormBase)]
+        self._statistics = [buffer for norm in norms for buffer in norm.buffers()]
 
     def run_step(self) -> None:
+        order = getattr(self.data_loader, "order", None)  # A benchmark's images have none.
+        statistics = [buffer.clone() for buffer in self._statistics]
+        self._before = getattr(order, "place", 0), statistics, getattr(unwrapped(self.model), _NORMALIZER, None)
+        # Of several processes one may fail alone.
+        self.intact = comm.get_world_size() == 1
         start = time.perf_counter()
-        data = next(self._data_loader_iter)
+        data = self._next_images()
         data_time = time.perf_counter() - start
         before, self.updated = self.last_losses, False
         losses, reason = {}, ""
@@ -221,6 +233,7 @@ class Step(SimpleTrainer):
             return
         self._write_metrics(losses, data_time)
         self._count(grad_norm=norm)
+        self.intact = False
         for group in self.optimizer.param_groups:
             # The schedule sets the rate anew for each step.
             group["lr"] *= self.divergence.rate_factor
@@ -230,6 +243,30 @@ class Step(SimpleTrainer):
             self._diverged(f"The update made {lost} not finite. Loss terms: {terms}.", lost)
             return
         self.divergence.passed(norm)
+
+    def undo(self) -> None:
+        """Takes back what a step that updates nothing has changed all the same."""
+        self.data_loader.order.place = self._before[0]
+        self._undo_forward()
+
+    def _undo_forward(self) -> None:
+        _, statistics, normalizer = self._before
+        for buffer, before in zip(self._statistics, statistics, strict=True):
+            buffer.copy_(before)
+        if normalizer is not None:
+            setattr(unwrapped(self.model), _NORMALIZER, normalizer)
+
+    def _next_images(self) -> Any:
+        """The images of this step. If one process has none, all fail, so that they can save the run together."""
+        images = failure = None
+        try:
+            images = next(self._data_loader_iter)
+        except Exception as error:
+            failure = error
+        if agree(failure is not None)[0]:
+            self.intact = True
+            raise failure or RunFailed("Another process has no images for this step, and says why.")
+        return images
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
@@ -276,6 +313,8 @@ class Step(SimpleTrainer):
     def _diverged(self, reason: str, lost: str = "") -> None:
         lost = lost or first_not_finite(dict(self.model.named_parameters()))
         folder = self.checkpointer.save_dir if self.checkpointer else ""
+        self._undo_forward()
+        self.intact = False
         self.divergence.answer(reason, self.iter, lost, folder, self.restore)
         self.updated = False
         self._count()

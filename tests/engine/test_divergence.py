@@ -26,12 +26,14 @@ class Line(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.tensor(0.0))
+        self.norm = torch.nn.BatchNorm1d(1, affine=False)
 
     def forward(self, batch):
         if batch == "early":
             raise FloatingPointError("Predicted boxes or scores contain Inf/NaN.")
         if batch == "loss":
             return {"loss": self.weight + math.inf}
+        self.norm(torch.full((2, 1), batch))
         return {"loss": self.weight * batch}
 
 
@@ -88,6 +90,8 @@ NOT_FINITE = (math.nan, math.inf, "loss", "early")
 def test_a_step_that_is_not_finite_updates_nothing_and_is_counted(caplog, action, bad):
     run = Run([-1.0, bad, -1.0, bad, bad, -1.0], ON_DIVERGENCE=action).run()
     assert run.weight == 3 and run.counts == [0, 1, 1, 2, 3, 3]
+    assert run.model.norm.num_batches_tracked == 3
+    assert run.model.norm.running_mean.item() == pytest.approx(0.9**3 - 1)
     assert "diverged at iteration 4" in caplog.text and "skipped, 2 in a row of at most 2" in caplog.text
 
 

@@ -17,8 +17,10 @@ from timm.data.auto_augment import RandAugment
 
 from karat_det.checkpoint.loading import load_weights
 from karat_det.checkpoint.resampling import TokenGrid, resample_operator
+from karat_det.engine.order import SeededImages
 from karat_det.engine.pretraining import (
     Pretrainer,
+    WithLoss,
     build_optimizer,
     build_scheduler,
     evaluate,
@@ -137,6 +139,31 @@ def test_killed_while_it_steps_evaluates_or_writes_it_leaves_what_the_unbroken_r
     train(other, resume=True)
     assert [line["iteration"] for line in metrics(cfg.OUTPUT_DIR)] == ["1", "3", "5"]
     assert metrics(tmp_path / "other") == metrics(cfg.OUTPUT_DIR)
+    assert not differences_of_checkpoints(cfg.OUTPUT_DIR, tmp_path / "other")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError("The disk is gone.")])
+def test_an_error_costs_no_step(make_cfg, tmp_path, monkeypatch, caplog, error):
+    cfg, other = make_cfg(), make_cfg(OUTPUT_DIR=tmp_path / "other")
+    train(cfg)
+    failing, owner = Pretrainer(other), WithLoss if isinstance(error, MemoryError) else SeededImages
+    method, name = (WithLoss.forward, "forward") if owner is WithLoss else (SeededImages.__getitem__, "__getitem__")
+
+    def fail(self, argument):
+        if failing.iter == 3:
+            raise error
+        return method(self, argument)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, fail)
+        with pytest.raises(type(error)):
+            failing.train()
+    # Within the second epoch.
+    assert saved(other)["trainer"]["iteration"] == 2 and saved(other)["epoch"] == 1
+    assert "Traceback" not in caplog.text
+    train(other, resume=True)
+    # Where a run ends early it writes a line more.
+    assert [line for line in metrics(tmp_path / "other") if line["iteration"] != "2"] == metrics(cfg.OUTPUT_DIR)
     assert not differences_of_checkpoints(cfg.OUTPUT_DIR, tmp_path / "other")
 
 

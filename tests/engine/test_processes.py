@@ -1,8 +1,10 @@
 import argparse
+import re
 
 import pytest
 import torch
 
+from karat_det.data.broken_images import TooManyBroken
 from karat_det.engine import signals
 from karat_det.engine.output_dir import claims
 from karat_det.engine.processes import RunFailed, goes_on, run_distributed, take_folder
@@ -45,6 +47,38 @@ def test_what_ends_a_run_is_told_in_one_line(alone, error, line):
 
     with pytest.raises(SystemExit, match=line):
         run_distributed(fail, argparse.Namespace(num_gpus=0, num_machines=1))
+
+
+class Broken(torch.utils.data.Dataset):
+    """One image, which cannot be read."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        try:
+            raise OSError("ValueError: no header")
+        except OSError as error:
+            raise self.error from error
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (TooManyBroken("a.png: ValueError: no header.\nAnd b.png."), "a.png: ValueError: no header.\nAnd b.png."),
+        (FileNotFoundError("a.png is gone"), "a.png is gone"),
+        (MemoryError(), "There is not enough memory for the run: MemoryError. Lower SOLVER.IMS_PER_BATCH"),
+    ],
+)
+def test_an_error_of_a_process_that_reads_images_is_told_without_its_trace(alone, error, line):
+    def read(args):
+        next(iter(torch.utils.data.DataLoader(Broken(error), num_workers=1)))
+
+    with pytest.raises(SystemExit, match=rf"^error: {re.escape(line)}"):
+        run_distributed(read, argparse.Namespace(num_gpus=0, num_machines=1))
 
 
 def test_an_error_of_the_program_keeps_its_trace(alone):

@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from detectron2.modeling import GeneralizedRCNN
 from detectron2.utils import comm
 from detectron2.utils.events import JSONWriter
 from forked import differences, differences_of_checkpoints, in_processes, killed, metrics
 
 from karat_det.checkpoint import run_folder
+from karat_det.data.broken_images import TooManyBroken
 from karat_det.data.digits import generate_digits
+from karat_det.engine.order import SeededImages
 from karat_det.engine.setup import load_cfg
 from karat_det.engine.trainer import Step, Trainer
 
@@ -128,6 +131,67 @@ def test_killed_while_it_steps_saves_evaluates_or_writes_it_leaves_what_the_unbr
     assert [line["iteration"] for line in metrics(cfg.OUTPUT_DIR)] == ["19", "24", "25"]
     assert metrics(other.OUTPUT_DIR) == metrics(cfg.OUTPUT_DIR)
     assert not differences_of_checkpoints(cfg.OUTPUT_DIR, other.OUTPUT_DIR)
+
+
+def test_an_error_costs_no_step(make_cfg, caplog):
+    cfg, other = make_cfg(), make_cfg("other")
+    train(cfg)
+    period = {"SOLVER.CHECKPOINT_PERIOD": 100}
+    for workers, owner, iteration, error in (
+        (0, GeneralizedRCNN, 0, MemoryError()),
+        (0, GeneralizedRCNN, 2, MemoryError()),
+        (2, SeededImages, 3, TooManyBroken("Image 7 is broken.")),
+        (0, SeededImages, 5, TooManyBroken("Image 7 is broken.")),
+    ):
+        overrides = period | {"DATALOADER.NUM_WORKERS": workers}
+        assert type(error).__name__ in failed(make_cfg("other", **overrides), iteration > 0, owner, iteration, error)
+        if iteration:
+            left = saved(other, "model_last")["trainer"]
+            assert left["iteration"] == left["_trainer"]["iteration"] == iteration - 1
+            assert left["_trainer"]["order"]["place"] == 2 * iteration
+    assert "Traceback" not in caplog.text
+    # What is the program's fault keeps its trace, and costs no step either.
+    failed(make_cfg("other", **period), True, GeneralizedRCNN, 5, TypeError("unsupported"))
+    assert "Traceback" in caplog.text and saved(other, "model_last")["iteration"] == 4
+    train(other, resume=True)
+    assert not differences(saved(cfg), saved(other))
+    # Where a run ends early it writes a line more.
+    assert metrics(cfg.OUTPUT_DIR) == metrics(other.OUTPUT_DIR)[-1:]
+
+
+def test_images_that_one_of_two_processes_lacks_cost_no_step(make_cfg, tmp_path):
+    def failed_in_two(folder, iteration, resume=False):
+        meeting = tmp_path / f"{folder}_{iteration}"
+        meeting.mkdir()
+        error = TooManyBroken("Image 7 is broken.")
+        return in_processes(meeting, 2, failed, make_cfg(folder), resume, SeededImages, iteration, error)
+
+    assert failed_in_two("two", 99) == ["", ""]
+    told = failed_in_two("again", 3)
+    assert told[0] == "TooManyBroken: Image 7 is broken." and told[1].startswith("RunFailed: Another process")
+    assert saved(make_cfg("again"), "model_last")["iteration"] == 2
+    assert failed_in_two("again", 99, resume=True) == ["", ""]
+    assert not differences(saved(make_cfg("two")), saved(make_cfg("again")))
+
+
+def failed(cfg, resume, owner, iteration, error):
+    """Trains, where a method of a model, or of the images, raises an error in an iteration. Returns what is raised."""
+    trainer, name = start(cfg, resume), "forward" if owner is GeneralizedRCNN else "__getitem__"
+    method = getattr(owner, name)
+
+    def fail(self, argument):
+        # The first image of a step is that of the first process.
+        if argument == 2 * iteration if name == "__getitem__" else trainer.iter == iteration:
+            raise error
+        return method(self, argument)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, fail)
+        try:
+            trainer.train()
+        except Exception as raised:
+            return f"{type(raised).__name__}: {raised}"
+    return ""
 
 
 def test_two_processes_go_on_bitwise_and_through_the_order_of_one(make_cfg, tmp_path):

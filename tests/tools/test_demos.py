@@ -2,7 +2,11 @@
 
 import importlib
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -72,3 +76,26 @@ def test_a_run_without_an_evaluation_is_named(demos):
     demo, *_ = demos
     with pytest.raises(SystemExit, match=r"output/quickstart/metrics\.json has no evaluation: remove"):
         demo.average_precision(demo.OUTPUT)
+
+
+def test_at_ctrl_c_the_demo_waits_for_the_checkpoint_of_its_step(tmp_path):
+    step = tmp_path / "step.py"
+    step.write_text(
+        "import pathlib, signal, time\n"
+        "here = pathlib.Path(__file__).parent\n"
+        "def save(*_): time.sleep(1); (here / 'saved').touch(); raise SystemExit(130)\n"
+        "signal.signal(signal.SIGINT, save)\n"
+        "(here / 'started').touch()\n"
+        "time.sleep(60)\n"
+    )
+    code = f"import demo; demo.run(lambda: demo.run_step('Training', {str(step)!r}))"
+    run = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=TOOLS, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "started").exists():
+        assert time.monotonic() < deadline and run.poll() is None
+        time.sleep(0.05)
+    os.killpg(run.pid, signal.SIGINT)
+    told, _ = run.communicate(timeout=30)
+    assert run.returncode == 130 and "Interrupted." in told and (tmp_path / "saved").exists()

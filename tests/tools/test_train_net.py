@@ -116,9 +116,11 @@ def test_resumes_where_it_stopped_and_evaluates_to_the_same_figures(train, out):
     resumed = train(overrides=[*SMALL_MODEL, "--resume", "SOLVER.MAX_ITER", "5"])
     assert "Starting training from iteration 3" in resumed.stdout
     assert torch.load(out / "model_final.pth", weights_only=True)["iteration"] == 4
+    config = (out / "config.yaml").read_text()
     # The run's last checkpoint, and the same file named.
     for source in (["--resume"], ["MODEL.WEIGHTS", str(out / "model_final.pth")]):
         evaluated = train("--eval-only", overrides=[*source, *SMALL_MODEL])
+        assert (out / "config.yaml").read_text() == config
         assert figures(evaluated) == figures(resumed)
 
 
