@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from .coco_masks import NUMBERS, Extent
 from .report import Report, place_of
 
-# Pixels by which a box may leave its image, as rounding and amodal boxes do.
+# Pixels by which a box may leave its image, as rounding does, and of its longer side, as boxes drawn by hand do.
 _MARGIN = 2.0
+_LOOSE = 1 / 20
 # Boxes that say something by what they all have in common.
 _ENOUGH = 10
 _MEANING = "A bbox must be [x, y, width, height], in pixels from the upper left corner."
@@ -69,7 +70,8 @@ class BoxHabits:
             kinds.append("corners by area")
         self.inside_as_corners += _is_inside((x, y, w, h), width, height)
         # Where its mask is with it, a box is right, wherever it is.
-        if agreement < 0.8 and not _is_inside((x, y, x + w, y + h), width, height):
+        margin = max(_MARGIN, _LOOSE * max(width, height))
+        if agreement < 0.8 and not _is_inside((x, y, x + w, y + h), width, height, margin):
             self.leaving += 1
             kinds.append("leaving")
             for name, reading in _READINGS.items():
@@ -132,9 +134,9 @@ class BoxHabits:
         report.add(rule, detail=detail)
 
 
-def _is_inside(box: Extent, width: int, height: int) -> bool:
+def _is_inside(box: Extent, width: int, height: int, margin: float = _MARGIN) -> bool:
     left, top, right, bottom = box
-    return -_MARGIN <= left < right <= width + _MARGIN and -_MARGIN <= top < bottom <= height + _MARGIN
+    return -margin <= left < right <= width + margin and -margin <= top < bottom <= height + margin
 
 
 def _has_area_of_corners(box: list[float], area: object) -> bool:

@@ -98,10 +98,11 @@ RULES: dict[str, Rule] = {
     "boxes-as-corners": Rule(
         "refused",
         "boxes",
-        "More than half of the file's boxes leave their image by more than two pixels, and not with their masks; or "
-        "overlap what their masks span by less than half; or fit their masks better as corners [x1, y1, x2, y2], from "
-        "their centre, or as [y, x, height, width]; or have no masks and the area of corners. Or more than a tenth "
-        "leave their image, and all, ten at least, would be inside as corners. The error says what was seen.",
+        "More than half of the file's boxes leave their image, by more than two pixels and a twentieth of its longer "
+        "side, and not with their masks; or overlap what their masks span by less than half; or fit their masks better "
+        "as corners [x1, y1, x2, y2], from their centre, or as [y, x, height, width]; or have no masks and the area of "
+        "corners. Or more than a tenth leave their image, and all, ten at least, would be inside as corners. The error "
+        "says what was seen.",
     ),
     # Masks.
     "mask": Rule(

@@ -337,6 +337,17 @@ def test_boxes_that_leave_their_image_and_are_no_corners_either_are_asked_back(t
         read(tmp_path, changed)
 
 
+def test_loose_boxes_may_leave_their_image_by_a_twentieth(tmp_path):
+    changed = all_with("annotations", "bbox", [[-3, 10, 60, 20], [10, 35, 30, 19], [50, 10, 34, 20], [-4, -4, 88, 58]])
+    for annotation in changed["annotations"]:
+        del annotation["segmentation"]
+    assert [len(of_image) for of_image in read(tmp_path, changed).annotations] == [1, 1, 1, 1]
+    changed["annotations"][0]["bbox"][0] = changed["annotations"][1]["bbox"][1] = -5
+    changed["annotations"][2]["bbox"][2] = 35
+    with pytest.raises(ValueError, match="3 of 4 boxes leave their image"):
+        read(tmp_path, changed)
+
+
 def test_boxes_with_the_area_of_corners_are_refused(tmp_path):
     changed = all_with("annotations", "bbox", [[10, 10, 40, 30], [5, 5, 25, 35], [20, 10, 30, 15], [10, 10, 30, 20]])
     for annotation, area in zip(changed["annotations"], [600, 600, 50.2, 600], strict=True):
