@@ -7,6 +7,7 @@ from collections.abc import Callable
 from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.engine import TrainerBase
 from detectron2.engine.hooks import EvalHook, HookBase
+from detectron2.utils import comm
 
 from ..checkpoint.loading import SafeCheckpointer
 from ..checkpoint.run_folder import keep_last
@@ -110,6 +111,8 @@ def save_after_failure(trainer: TrainerBase, step, save: Callable[[], None]) -> 
     trainer.iter = trainer.storage.iter = step.iter = trainer.iter - 1
     try:
         save()
+        # No process ends while the main one writes: the launcher would end that too.
+        comm.synchronize()
     except Exception as error:
         logger.warning("The run could not be saved: %s: %s", type(error).__name__, error)
 

@@ -55,6 +55,10 @@ class _State:
     passes_on = False
     # Whether the line that this process ends with is said.
     said = False
+    # torch's handler of SIGCHLD, once there is one, and whether it is due.
+    child_handler: Callable[[int, Any], None] | None = None
+    child_ended = False
+    images_awaited = False
 
 
 _state = _State()
@@ -108,6 +112,34 @@ def awaited(yes: bool = True) -> Iterator[None]:
         yield
     finally:
         _state.awaited = before
+
+
+@contextmanager
+def images_awaited() -> Iterator[None]:
+    """Within it the death of a process that reads images is an error at once; in a step of training, it waits for it.
+
+    torch raises that error wherever the program is, as in the midst of an update; here the run can still be saved.
+    """
+    _state.images_awaited = True
+    try:
+        if _state.child_ended:
+            _state.child_ended = False
+            _state.child_handler(signal.SIGCHLD, None)
+        yield
+    finally:
+        _state.images_awaited = False
+        handler = signal.getsignal(signal.SIGCHLD)
+        is_torchs = callable(handler) and handler is not _child_ended
+        if is_torchs and threading.current_thread() is threading.main_thread():
+            _state.child_handler = handler
+            signal.signal(signal.SIGCHLD, _child_ended)
+
+
+def _child_ended(number: int, frame: Any) -> None:
+    if _state.awaited and not _state.images_awaited:
+        _state.child_ended = True
+    else:
+        _state.child_handler(number, frame)
 
 
 def stop(number: int, saved: str) -> None:

@@ -260,7 +260,8 @@ class Step(SimpleTrainer):
         """The images of this step. If one process has none, all fail, so that they can save the run together."""
         images = failure = None
         try:
-            images = next(self._data_loader_iter)
+            with signals.images_awaited():
+                images = next(self._data_loader_iter)
         except Exception as error:
             failure = error
         if agree(failure is not None)[0]:

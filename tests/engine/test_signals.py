@@ -153,6 +153,19 @@ def test_a_run_under_torchrun_outlives_a_worker_and_no_process_outlives_torchrun
     assert run.saved() > start
 
 
+def test_a_process_that_reads_images_and_dies_costs_no_step(data, tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29545")
+    run = Run(data, tmp_path, TRAIN, "DATALOADER.NUM_WORKERS", "1", launcher=launcher)
+    run.wait_for("iter: 19 ")
+    reader = subprocess.run(["pgrep", "-P", str(run.children()[1])], capture_output=True, text=True).stdout.split()[-1]
+    os.kill(int(reader), signal.SIGKILL)
+    assert run.status() == 1
+    errors = run.errors.read_text()
+    assert errors.count("error: A process that reads images has died.") == 1
+    assert errors.count("error: Another process has no images") == 1
+    assert "Traceback" not in run.log.read_text() and run.saved() >= 19
+
+
 def test_a_signal_to_one_of_two_processes_ends_both_with_a_checkpoint(data, tmp_path):
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29543")
     run = Run(data, tmp_path, PRETRAIN, "DATALOADER.NUM_WORKERS", "0", launcher=launcher)
