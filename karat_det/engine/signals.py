@@ -31,8 +31,10 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 LAUNCHED = "KARAT_DET_LAUNCHED"
 # Seconds that a run has for its last checkpoint when its launcher is gone.
 _WITHOUT_PARENT = 10.0
-# A launcher passes on what a terminal or SLURM has sent to all processes already: one signal, that comes twice.
+# A launcher passes on what a terminal or SLURM has sent to all processes already: one signal, that comes twice. The
+# command `timeout` sends its own twice within a millisecond, to its child and to all of its group.
 _TWICE = 1.0
+_TWICE_WITHOUT_LAUNCHER = 0.1
 _PR_SET_PDEATHSIG = 1
 
 
@@ -201,8 +203,8 @@ def _watch(reader: int) -> None:
 
 def _take(number: int) -> None:
     """Takes a signal: as a request, as the same one passed on, or as an order to end."""
-    now = time.monotonic()
-    if _state.parent and number == _state.request and now - _state.requested_at < _TWICE:
+    now, twice = time.monotonic(), _TWICE if _state.parent else _TWICE_WITHOUT_LAUNCHER
+    if number == _state.request and now - _state.requested_at < twice:
         return
     if _state.request or not _state.awaited:
         end(number)

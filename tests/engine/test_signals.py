@@ -137,6 +137,22 @@ with signals.awaited():
     assert done.stderr == "Ended at once by SIGTERM.\n"
 
 
+def test_a_signal_that_timeout_sends_twice_is_one_request(tmp_path):
+    code = """
+import os, signal, time
+from karat_det.engine import signals
+signals.install()
+with signals.awaited():
+    for wait in (0.01, 0.5, 60):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(wait)
+        print("goes on", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "goes on\n" * 2)
+    assert done.stderr == "Ended at once by SIGTERM.\n"
+
+
 def test_a_run_under_torchrun_outlives_a_worker_and_no_process_outlives_torchrun(data, tmp_path):
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29541", "--max-restarts", "3")
     periods = ("SOLVER.CHECKPOINT_PERIOD", "10", "DATALOADER.NUM_WORKERS", "1")
