@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
+# Share of a file's annotations; of COCO's, one in a hundred is a crowd.
+_MANY = 0.1
+
 
 @dataclass(frozen=True)
 class _Loaded:
@@ -97,7 +100,32 @@ def _read(name: str) -> CocoContent:
     if is_coco(name):
         _set_classes(name, content.category_ids, content.class_names)
     logger.info("Loaded %d images in COCO format from %s", len(content.images), source_of(name))
+    _warn_of_odd_values(name, content)
     return content
+
+
+def _warn_of_odd_values(name: str, content: CocoContent) -> None:
+    """Names in the log what may well be right in some annotations of a file, but hardly in many."""
+    annotations = [each for of_image in content.annotations or () for each in of_image]
+    crowds = sum(each["iscrowd"] for each in annotations)
+    if crowds > _MANY * len(annotations):
+        logger.warning(
+            "%s: %d of %d annotations have iscrowd 1, which are neither trained on nor counted as missed. Are they "
+            "crowds? Some tools mark every mask so, as CVAT those of its brush: set iscrowd 0 for single objects.",
+            *(source_of(name), crowds, len(annotations)),
+        )
+    odd = [each for each in annotations if not _area_fits(each["area"], *each["bbox"][2:])]
+    if len(odd) > _MANY * len(annotations):
+        logger.warning(
+            "%s: %d of %d areas do not fit their boxes, such as %g for %g × %g pixels. Objects count as small, medium "
+            "or large (APs, APm, APl) by them: correct 'area', or take it out, and it is computed.",
+            *(source_of(name), len(odd), len(annotations), odd[0]["area"], *odd[0]["bbox"][2:]),
+        )
+
+
+def _area_fits(area: float, width: float, height: float) -> bool:
+    # A thin object across a box has little area; masks may leave their box by a pixel.
+    return width * height / 1000 <= area <= 2 * (width + 2) * (height + 2)
 
 
 def _set_classes(name: str, ids: Sequence[Id], names: list[str]) -> None:

@@ -126,6 +126,27 @@ def test_images_with_crowds_only_count_as_empty(own_cfg, own):
     assert [record["image_id"] for record in load(own_cfg)] == [2]
 
 
+@pytest.mark.parametrize("area, fits", [(1, True), (500, True), (0.19, False), (600, False), (200 / 1200, False)])
+def test_areas_of_another_scale_are_warned_of_and_kept(own_cfg, own, caplog, area, fits):
+    for annotation in own.content["annotations"]:
+        annotation["area"] = area
+    own.write()
+    assert load(own_cfg)[0]["annotations"][0]["area"] == area
+    assert ("2 of 2 areas do not fit their boxes" in caplog.text) == (not fits)
+
+
+def test_masks_that_a_tool_has_marked_as_crowds_are_warned_of(own_cfg, own, caplog):
+    # As CVAT marks the masks of its brush, beside polygons.
+    own.content["annotations"] = [{**own.content["annotations"][0], "id": i, "iscrowd": int(i < 1)} for i in range(10)]
+    own.write()
+    assert len(load(own_cfg)[0]["annotations"]) == 10
+    assert "iscrowd" not in caplog.text
+    own.content["annotations"][1]["iscrowd"] = 1
+    own.write()
+    load(own_cfg)
+    assert "(dataset 'my_train'): 2 of 10 annotations have iscrowd 1, which are neither trained on" in caplog.text
+
+
 @pytest.mark.parametrize("crowds", [False, True])
 def test_nothing_left_to_train_on_is_an_error(own_cfg, own, crowds):
     if crowds:

@@ -34,8 +34,18 @@ KEYS = (
         "counts: a list of runs, or COCO's compressed text}. It may be missing, null or empty with MODEL.MASK_ON "
         "False.",
     ),
-    ("annotations", "area", "The object's area in pixels, which decides whether it counts as small, medium or large."),
-    ("annotations", "iscrowd", "0, or 1 for what is neither trained on nor counted as missed. Missing is 0."),
+    (
+        "annotations",
+        "area",
+        "The object's area in pixels, which decides whether it counts as small, medium or large. Where more than a "
+        "tenth do not fit their boxes, the log says so.",
+    ),
+    (
+        "annotations",
+        "iscrowd",
+        "0, or 1 for what is neither trained on nor counted as missed. Missing is 0. Where more than a tenth are 1, "
+        "the log says so: some tools mark every mask.",
+    ),
 )
 
 RULES: dict[str, Rule] = {
