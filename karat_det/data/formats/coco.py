@@ -99,6 +99,7 @@ def _read(json_file: str, report: Report) -> CocoContent:
     annotations = None
     if isinstance(raw, list):
         annotations = _read_annotations(raw, images, numbers, {key_of(each): each for each in category_ids}, report)
+        _compare_same_files(images, annotations, report)
     report.raise_refused()
     report.log()
     order = sorted(range(len(images)), key=lambda i: place_in_order(images[i].id))
@@ -216,7 +217,6 @@ def _read_images(content: dict[str, Any], report: Report) -> tuple[list[Image], 
     images: list[Image] = []
     places: dict[Id, int] = {}
     first: dict[Id, int] = {}
-    entry_of_file: dict[str, int] = {}
     for index, image in _objects(content, "images", report):
         file_name = image.get("file_name")
         if type(file_name) is not str or not file_name:
@@ -246,16 +246,6 @@ def _read_images(content: dict[str, Any], report: Report) -> tuple[list[Image], 
             )
             continue
         places[key], first[key] = len(images), index
-        if type(file_name) is str and file_name:
-            before = entry_of_file.setdefault(os.path.normpath(file_name), index)
-            if before != index:
-                report.add(
-                    "file-twice",
-                    "images",
-                    index,
-                    image,
-                    f"the file is that of images[{before}], too. Give an image one entry, and each its own file_name.",
-                )
         images.append(Image(id, file_name, width if height else 0, height if width else 0))
     return images, places
 
@@ -362,6 +352,24 @@ def _read_annotations(
         grouped[place].append(read)
     habits.judge(report)
     return grouped
+
+
+def _compare_same_files(images: list[Image], annotations: list[list[dict[str, Any]]], report: Report) -> None:
+    """Notes entries of the same file that have other objects. Entries that repeat an image are let be."""
+
+    def objects(place: int) -> list[tuple[int, list[float]]]:
+        return sorted((each["category_id"], each["bbox"]) for each in annotations[place])
+
+    first: dict[str, int] = {}
+    for place, image in enumerate(images):
+        # No text if it was refused.
+        before = first.setdefault(os.path.normpath(str(image.file_name)), place)
+        if before != place and objects(place) != objects(before):
+            report.add(
+                "file-twice",
+                detail=f"the images with the ids {short(images[before].id)} and {short(image.id)} are both "
+                f"{short(image.file_name)}, and have other objects. Give an image one entry, and each its own file.",
+            )
 
 
 def _referred(

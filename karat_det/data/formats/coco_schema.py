@@ -79,7 +79,7 @@ RULES: dict[str, Rule] = {
     # Images.
     "file-name": Rule("refused", "images", "A file_name that is missing, empty or no text, or a URL."),
     "file-twice": Rule(
-        "refused", "images", "Two images with the same file_name: each would lack the objects of the other."
+        "refused", "images", "Two images with the same file_name and other objects: each would lack those of the other."
     ),
     "size": Rule(
         "refused",

@@ -148,7 +148,7 @@ REFUSED = [
         (
             "file-twice",
             with_("images", file_name=name),
-            r"images\[1\] \(id 2, file_name '.*1.jpg'\): the file is that of images\[0\]",
+            r"the images with the ids 1 and 2 are both '.*1.jpg', and have other objects",
         )
         for name in ("1.jpg", "./1.jpg")
     ],
@@ -581,6 +581,14 @@ def test_other_encodings_and_byte_order_marks_are_read(tmp_path, encoding):
     changed = with_("categories", name="köter 犬")
     (tmp_path / "some.json").write_bytes(json.dumps(changed, ensure_ascii=False).encode(encoding))
     assert read_coco(str(tmp_path / "some.json")).class_names == ["cat", "köter 犬"]
+
+
+def test_entries_that_repeat_an_image_with_its_objects_are_let_be(tmp_path):
+    changed = with_("images", file_name="1.jpg")
+    changed["annotations"][1]["category_id"] = changed["annotations"][0]["category_id"]
+    assert [len(of_image) for of_image in read(tmp_path, changed).annotations] == [1, 1, 1, 1]
+    del changed["annotations"]
+    assert len(read(tmp_path, changed).images) == 4
 
 
 def test_annotation_ids_twice_are_let_pass_in_coco_2014s_minival(tmp_path):
