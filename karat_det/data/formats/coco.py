@@ -380,6 +380,9 @@ def _referred(
     if id is None:
         return None
     number, own = known.get(key_of(id), (None, id))
+    if not known and (report.counts.get("structure") or report.counts.get("no-categories")):
+        # That there is no list, or none that can be read, is noted already.
+        return None
     if number is None:
         list_name = "images" if key == "image_id" else "categories"
         report.add(

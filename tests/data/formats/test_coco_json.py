@@ -517,6 +517,16 @@ def test_all_errors_come_in_one_report_of_at_most_20_lines(tmp_path):
     assert "annotations[70] (id 70, image_id 1): iscrowd is 7" in lines[-2]
 
 
+@pytest.mark.parametrize("part", ["images", "categories"])
+def test_a_list_that_is_none_is_one_error(tmp_path, part):
+    for value in (None, {"1": "cat"}):
+        with pytest.raises(ValueError, match=rf"describes it: '{part}' is .*; it must be a list of objects\.$"):
+            read(tmp_path, {**content(), part: value})
+    # An empty list of images is no error, but each annotation of an image that is not there is one.
+    with pytest.raises(ValueError, match="4 errors" if part == "images" else "describes it: it has no categories"):
+        read(tmp_path, {**content(), part: []})
+
+
 def test_classes_alone_are_refused_with_all_else_that_is_wrong(tmp_path, caplog):
     path = tmp_path / "some.json"
     path.write_text(json.dumps(with_("categories", name=7)))
