@@ -14,7 +14,7 @@ from ..checkpoint.run_folder import keep_last
 from ..data.broken_images import TooManyBroken
 from . import signals
 from .full_disk import is_full
-from .processes import RunFailed, agree, is_lack_of_memory, is_loss
+from .processes import RunFailed, agree, is_lack_of_memory, is_loss, without_trace
 
 logger = logging.getLogger(__name__)
 
@@ -134,8 +134,9 @@ def evaluate_safely(evaluate, iteration: int, checkpointer: SafeCheckpointer):
     except Exception as error:
         if is_loss(error) or is_full(error):
             raise
+        told = without_trace(error).splitlines()
         raise RunFailed(
             f"The evaluation after iteration {iteration} failed: {type(error).__name__}: "
-            f"{str(error).strip().splitlines()[-1] if str(error).strip() else ''} The run was saved before it, as "
+            f"{told[-1] if told else ''} The run was saved before it, as "
             f"{checkpointer.get_checkpoint_file()}. With --eval-only --resume it fails alike, and shows where."
         ) from error

@@ -51,7 +51,9 @@ class Resumption(HookBase):
             for name, history in storage.histories().items()
             if name not in _CLOCKS
         }
-        smoothed = [name for name, smooth in storage.smoothing_hints().items() if smooth and name in last]
+        hints = storage.smoothing_hints()
+        # Those that have not come again since the run went on are as they were.
+        smoothed = [name for name in last if hints.get(name, name in self.smoothed)]
         return {"scalars": last, "smoothed": smoothed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

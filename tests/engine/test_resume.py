@@ -133,6 +133,16 @@ def test_killed_while_it_steps_saves_evaluates_or_writes_it_leaves_what_the_unbr
     assert not differences_of_checkpoints(cfg.OUTPUT_DIR, other.OUTPUT_DIR)
 
 
+def test_killed_in_its_only_evaluation_it_leaves_the_best_checkpoint_of_the_unbroken_run(make_cfg):
+    keys = {"SOLVER.MAX_ITER": 2, "DATASETS.TEST": ("three_digits",), "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0}
+    cfg, other = make_cfg(**keys), make_cfg("other", **keys)
+    train(cfg)
+    killed(partial(start, other), Trainer, "test", 2)
+    train(other, resume=True)
+    assert saved(cfg, "model_best") and metrics(other.OUTPUT_DIR) == metrics(cfg.OUTPUT_DIR)
+    assert not differences_of_checkpoints(cfg.OUTPUT_DIR, other.OUTPUT_DIR)
+
+
 def test_an_error_costs_no_step(make_cfg, caplog):
     cfg, other = make_cfg(), make_cfg("other")
     train(cfg)
