@@ -140,9 +140,11 @@ class LabelledImages(torch.utils.data.Dataset):
         self.broken |= torch.stack(list(of_processes)).any(dim=0)
         count, total = int(self.broken.sum()), len(self.broken)
         if count * BROKEN_IN > total:
+            broken = self.broken.nonzero().flatten().tolist()[:3]
+            names = [self.split.files[index] if self.split.files else f"number {index}" for index in broken]
             raise TooManyBroken(
                 f"{count} of the {total} images of {self.split.place} are broken, and no more than 1 in {BROKEN_IN} "
-                "may be skipped. The logs of the processes name them. Replace or remove the files."
+                f"may be skipped: {', '.join(names)}{', …' if count > len(names) else ''}. Replace or remove them."
             )
 
     def _read(self, index: int) -> tuple[Image.Image | None, int]:
