@@ -45,7 +45,7 @@ _UNFIT = {
     *("SemanticSegmentor", "PanopticFPN", "ProposalNetwork"),
     *("RRPN", "RROIHeads", "RotatedAnchorGenerator", "PrecomputedProposals"),
 }
-_NORMS = ("", "GN", "LN", "BN", "FrozenBN", "SyncBN", "nnSyncBN", "naiveSyncBN")
+_NORMS = ("", "GN", "LN", "BN", "FrozenBN", "SyncBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 _CANNOT = "The model of this config cannot be built: "
 # Weights, their gradients and AdamW's two averages, in float32.
 _BYTES_TRAINED = 16

@@ -48,3 +48,9 @@ def test_what_such_a_backbone_raises_is_told(configs, monkeypatch):
     monkeypatch.setitem(BACKBONE_REGISTRY._obj_map, "Own", Own)
     with pytest.raises(ValueError, match=r"The model of this config cannot be built: 0 is too few"):
         check_model(load_cfg(str(configs / "quickstart.yaml"), ["MODEL.BACKBONE.NAME", "Own"]), training=True)
+
+
+@pytest.mark.parametrize("norm", ["", "BN", "FrozenBN", "GN", "naiveSyncBN", "naiveSyncBN_N", "LN"])
+def test_every_norm_of_detectron2_for_the_cpu_is_taken(configs, norm):
+    opts = ["MODEL.ROI_MASK_HEAD.NORM", norm, "MODEL.DEVICE", "cpu"]
+    check_model(load_cfg(str(configs / "quickstart.yaml"), opts), training=True)
