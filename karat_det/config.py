@@ -98,8 +98,9 @@ def add_karat_config(cfg: CN) -> None:
     cfg.SOLVER.LAYER_DECAY = 1.0
     # Learning rate of the operators' coefficients and projectors over that of the block that they are in.
     cfg.SOLVER.OPERATOR_LR_FACTOR = 1.0
-    # Beside CHECKPOINT_PERIOD, minutes after which a run is saved, as model_last.pth; 0.0 is never.
-    cfg.SOLVER.CHECKPOINT_MINUTES = 0.0
+    # Beside CHECKPOINT_PERIOD, minutes after which a run is saved, as model_last.pth, or longer where saving would take
+    # more than a fiftieth of the time; 0.0 is never.
+    cfg.SOLVER.CHECKPOINT_MINUTES = 1.0
     # How many of the checkpoints of CHECKPOINT_PERIOD stay, the last ones; 0 is all. model_best.pth always stays.
     cfg.SOLVER.KEEP_CHECKPOINTS = 0
     _add_divergence(cfg.SOLVER)
@@ -213,8 +214,9 @@ def _add_pretraining(cfg: CfgNode) -> None:
     # Decay of the moving average of the weights, which is what is evaluated and what starts a detector. 0 is none. It
     # is lower in the first steps, so that a short run does not end near its random weights: see timm's ModelEmaV3.
     cfg.SOLVER.EMA_DECAY = 0.99992
-    # Beside the end of each epoch, minutes after which a run is saved, as model_last.pth; 0.0 is never.
-    cfg.SOLVER.CHECKPOINT_MINUTES = 0.0
+    # Beside the end of each epoch, minutes after which a run is saved, as model_last.pth, or longer where saving would
+    # take more than a fiftieth of the time; 0.0 is never.
+    cfg.SOLVER.CHECKPOINT_MINUTES = 1.0
     _add_divergence(cfg.SOLVER)
     # As in Detectron2; "full_model" clips by the norm of all gradients together.
     cfg.SOLVER.CLIP_GRADIENTS = CN()

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 # Name of the checkpoint that is saved between the numbered ones, each in place of the one before.
 LAST = "model_last"
+# What is between two checkpoints by time, over the time that saving one takes.
+_LEAST_OVER_SAVING = 50
 # What the machine or the data is the cause of. Any other error is the program's, and keeps its trace.
 _NO_TRACE = OSError, FloatingPointError, RunFailed, TooManyBroken, SizeMismatchError
 
@@ -33,26 +35,46 @@ def _tell_in_one_line(record: logging.LogRecord) -> bool:
 logging.getLogger("detectron2.engine.train_loop").addFilter(_tell_in_one_line)
 
 
+class Interval:
+    """When a run is saved by time: after some minutes, or later where saving would take over a fiftieth of the time.
+
+    Args:
+        minutes: 0 is never.
+    """
+
+    def __init__(self, minutes: float):
+        self.seconds = 60 * minutes
+        self.begin(0.0)
+
+    def begin(self, took: float) -> None:
+        """Begins anew, after saving that took so many seconds."""
+        self.due_at = time.monotonic() + max(self.seconds, _LEAST_OVER_SAVING * took)
+
+    def is_over(self) -> bool:
+        """Whether it is time. Only the main process saves and knows how long that takes; in others it never is."""
+        return self.seconds > 0 and comm.is_main_process() and time.monotonic() >= self.due_at
+
+
 class Checkpoints(HookBase):
     """Saves the run by steps, by time, at the end and at a signal, which ends the run. All processes have it.
 
     Args:
         checkpointer: saves the run.
         period: steps between numbered checkpoints; 0 is none.
-        minutes: time between checkpoints, numbered or not; 0 is none.
+        minutes: time between checkpoints, numbered or not, see Interval.
         keep: how many numbered checkpoints stay; 0 is all.
     """
 
     def __init__(self, checkpointer: SafeCheckpointer, period: int, minutes: float, keep: int = 0):
         self.checkpointer = checkpointer
         self.period = period
-        self.seconds = 60 * minutes
+        self.interval = Interval(minutes)
         self.keep = keep
-        self.saved_at = time.monotonic()
         self.saved = -1
 
     def before_train(self) -> None:
         self.saved = self.trainer.start_iter - 1
+        self.interval.begin(0.0)
 
     def after_step(self) -> None:
         iteration = self.trainer.iter
@@ -62,8 +84,7 @@ class Checkpoints(HookBase):
                 keep_last(self.checkpointer.save_dir, self.keep)
         if iteration + 1 >= self.trainer.max_iter:
             self._save("model_final")
-        is_due = self.seconds and time.monotonic() - self.saved_at >= self.seconds
-        is_due, signal = agree(is_due, signals.requested())
+        is_due, signal = agree(self.interval.is_over(), signals.requested())
         if is_due or signal:
             self.save()
         if signal:
@@ -75,8 +96,10 @@ class Checkpoints(HookBase):
             self._save(LAST)
 
     def _save(self, name: str) -> None:
+        start = time.monotonic()
         self.checkpointer.save(name, iteration=self.trainer.iter)
-        self.saved, self.saved_at = self.trainer.iter, time.monotonic()
+        self.saved = self.trainer.iter
+        self.interval.begin(time.monotonic() - start)
 
 
 class Evaluation(EvalHook):

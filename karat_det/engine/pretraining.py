@@ -39,7 +39,7 @@ from ..data.classification import NO_LABEL, LabelledImages, build_datasets
 from . import signals
 from .checks import check_pretrain_config, mixes_labels
 from .full_disk import Writers, full_disk_named
-from .hooks import LAST, evaluate_safely, save_after_failure
+from .hooks import LAST, Interval, evaluate_safely, save_after_failure
 from .model_check import check_room
 from .optimizer import FULL_MODEL, NO_WEIGHT_DECAY
 from .order import CountedLoader, EpochBatches, ImageOrder, SeededImages
@@ -443,19 +443,21 @@ class _AfterStep(HookBase):
 
 
 class _BetweenEpochs(HookBase):
-    """Saves the run every `minutes` (0 is never), and at a signal, which ends it."""
+    """Saves the run by time, see Interval, and at a signal, which ends it."""
 
     def __init__(self, after_epoch: "_AfterEpoch", minutes: float):
         self.after_epoch = after_epoch
-        self.seconds = 60 * minutes
-        self.saved_at = time.monotonic()
+        self.interval = Interval(minutes)
+
+    def before_train(self) -> None:
+        self.interval.begin(0.0)
 
     def after_step(self) -> None:
-        is_due = self.seconds and time.monotonic() - self.saved_at >= self.seconds
-        is_due, signal = agree(is_due, signals.requested())
+        is_due, signal = agree(self.interval.is_over(), signals.requested())
         if is_due or signal:
+            start = time.monotonic()
             self.trainer.save(LAST, self.after_epoch.figures)
-            self.saved_at = time.monotonic()
+            self.interval.begin(time.monotonic() - start)
         if signal:
             signals.stop(int(signal), f"{self.trainer.cfg.OUTPUT_DIR}/{LAST}.pth after step {self.trainer.iter + 1}")
 

@@ -8,8 +8,8 @@ from detectron2.engine import TrainerBase
 from detectron2.engine.hooks import EvalHook
 
 from karat_det.checkpoint.loading import SafeCheckpointer
-from karat_det.engine import signals
-from karat_det.engine.hooks import Checkpoints, Evaluation
+from karat_det.engine import hooks, signals
+from karat_det.engine.hooks import Checkpoints, Evaluation, Interval
 from karat_det.engine.processes import RunFailed
 
 
@@ -46,7 +46,8 @@ def test_checkpoints_by_steps_and_at_the_end(tmp_path):
     assert saved(tmp_path / "last") == {"model_0000005": 5, "model_final": 6}
 
 
-def test_checkpoints_by_time_take_each_others_place(tmp_path):
+def test_checkpoints_by_time_take_each_others_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(hooks, "_LEAST_OVER_SAVING", 0)
     # A step of 0.06 s is due after 0.1 s: at every second one.
     run = Run(tmp_path, 6, minutes=0.1 / 60, seconds=0.06, evaluate=lambda: iterations.append(saved(tmp_path)))
     iterations = []
@@ -56,6 +57,18 @@ def test_checkpoints_by_time_take_each_others_place(tmp_path):
     assert iterations[3] == {"model_last": 3} and saved(tmp_path)["model_final"] == 5
     Run(tmp_path / "never", 3, minutes=0.0, seconds=0.05).run()
     assert saved(tmp_path / "never") == {"model_final": 2}
+
+
+def test_saving_by_time_takes_a_fiftieth_of_the_time_at_most(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    interval = Interval(1.0)
+    for took, least in ((0.0, 60), (1.0, 60), (5.0, 250)):
+        interval.begin(took)
+        now += least - 0.1
+        assert not interval.is_over()
+        now += 0.2
+        assert interval.is_over()
 
 
 def test_what_an_evaluation_could_cost_is_saved_before_it(tmp_path):

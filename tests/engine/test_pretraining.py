@@ -17,6 +17,7 @@ from timm.data.auto_augment import RandAugment
 
 from karat_det.checkpoint.loading import load_weights
 from karat_det.checkpoint.resampling import TokenGrid, resample_operator
+from karat_det.engine.hooks import Interval
 from karat_det.engine.order import SeededImages
 from karat_det.engine.pretraining import (
     Pretrainer,
@@ -140,6 +141,15 @@ def test_killed_while_it_steps_evaluates_or_writes_it_leaves_what_the_unbroken_r
     assert [line["iteration"] for line in metrics(cfg.OUTPUT_DIR)] == ["1", "3", "5"]
     assert metrics(tmp_path / "other") == metrics(cfg.OUTPUT_DIR)
     assert not differences_of_checkpoints(cfg.OUTPUT_DIR, tmp_path / "other")
+
+
+def test_a_run_is_saved_by_time_within_an_epoch(make_cfg, monkeypatch):
+    cfg = make_cfg(**{"SOLVER.CHECKPOINT_MINUTES": 1e-9})
+    steps, save = [], Pretrainer.save
+    monkeypatch.setattr(Interval, "begin", lambda self, took: setattr(self, "due_at", 0.0))
+    monkeypatch.setattr(Pretrainer, "save", lambda self, *what: (steps.append(self.iter), save(self, *what)))
+    train(cfg)
+    assert set(steps) == set(range(6))
 
 
 @pytest.mark.parametrize("error", [MemoryError(), OSError("The disk is gone.")])
