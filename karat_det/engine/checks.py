@@ -178,6 +178,16 @@ def _check_lists_that_belong_together(cfg: CfgNode) -> None:
             f"MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS is {shown(ratios)}. It must have one list of ratios, or one for "
             f"each of MODEL.{head}.IN_FEATURES, {model[head].IN_FEATURES}."
         )
+    sizes = model.ANCHOR_GENERATOR.SIZES
+    if len({len(of_level) for of_level in sizes}) > 1 or len({len(of_level) for of_level in ratios}) > 1:
+        raise ValueError(
+            f"MODEL.ANCHOR_GENERATOR.SIZES is {shown(sizes)}, ASPECT_RATIOS {shown(ratios)}. All levels must have as "
+            "many sizes and as many ratios, since one head predicts for all."
+        )
+    for name in ("RPN", "ROI_HEADS", "RETINANET"):
+        levels = model[name].IN_FEATURES
+        if len(set(levels)) < len(levels):
+            raise ValueError(f"MODEL.{name}.IN_FEATURES is {shown(levels)}. It must name each level once.")
     box_head = model.ROI_BOX_HEAD
     if box_head.USE_FED_LOSS and not (
         box_head.USE_SIGMOID_CE and all("class_image_count" in MetadataCatalog.get(each) for each in cfg.DATASETS.TRAIN)

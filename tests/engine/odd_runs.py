@@ -1,7 +1,9 @@
 """Tiny runs of a detector and of a pretraining, each with one key overridden by an odd value."""
 
 import json
+import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from detectron2.config import get_cfg
@@ -81,6 +83,27 @@ def detector_keys() -> list[str]:
 
 def pretraining_keys() -> list[str]:
     return [key for key, _ in leaves(pretrain_config())]
+
+
+def detector_values() -> dict[str, Any]:
+    """The value of each key in the runs of a detector."""
+    add_karat_config(cfg := get_cfg())
+    return dict(leaves(cfg)) | DETECTOR
+
+
+def nearby(value: Any, drawn: random.Random) -> Any:
+    """Another value of the same type; the same one where there is none."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return drawn.choice((value + 1, value - 1, 2 * value, value // 2))
+    if isinstance(value, float):
+        return drawn.choice((2 * value, value / 2, value + 0.1, -value, 1 - value, value / 1000))
+    if isinstance(value, list | tuple) and value:
+        kind = type(value)
+        others = [value[:-1], [*value, value[-1]], value[::-1], [nearby(item, drawn) for item in value]]
+        return kind(drawn.choice(others))
+    return value
 
 
 def write_data(folder: Path) -> tuple[Path, Path]:

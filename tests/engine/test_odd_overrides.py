@@ -47,6 +47,22 @@ def test_an_odd_value_starts_a_run_or_is_refused_by_key(data, tmp_path, kind, dr
     assert min(outcomes.values()) >= 4, outcomes
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_value_near_the_runs_own_starts_it_or_is_refused_by_key(data, tmp_path):
+    drawn = random.Random(11)
+    values = {key: value for key, value in odd_runs.detector_values().items() if value != odd_runs.nearby(value, drawn)}
+    outcomes = {"started": 0, "refused": 0}
+    for number, key in enumerate(drawn.sample(sorted(values), 80)):
+        value = str(odd_runs.nearby(values[key], drawn))
+        try:
+            odd_runs.run_detector(data[0], str(tmp_path / f"out{number}"), key, value)
+            outcomes["started"] += 1
+        except Exception as error:
+            assert odd_runs.is_proper(key, error), (key, value, repr(error)[:1000])
+            outcomes["refused"] += 1
+    assert min(outcomes.values()) >= 16, outcomes
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -82,6 +98,8 @@ def test_an_odd_value_starts_a_run_or_is_refused_by_key(data, tmp_path, kind, dr
         ("MODEL.ROI_HEADS.IOU_THRESHOLDS", "[1.5]"),
         ("MODEL.ANCHOR_GENERATOR.SIZES", "[[-8]]"),
         ("MODEL.ANCHOR_GENERATOR.OFFSET", "1.0"),
+        ("MODEL.ANCHOR_GENERATOR.SIZES", "[[8, 8], [16], [32], [64], [128]]"),
+        ("MODEL.ROI_HEADS.IN_FEATURES", "['p2', 'p3', 'p4', 'p5', 'p5']"),
         ("INPUT.LSJ_SCALE", "(0.1, 1000.0)"),
         ("INPUT.FORMAT", "YUV-BT.601"),
         ("MODEL.DEVICE", "mps"),
