@@ -88,7 +88,9 @@ def test_at_ctrl_c_the_demo_waits_for_the_checkpoint_of_its_step(tmp_path):
         "(here / 'started').touch()\n"
         "time.sleep(60)\n"
     )
-    code = f"import demo; demo.run(lambda: demo.run_step('Training', {str(step)!r}))"
+    # What a shell starts in the background, as a suite may be, ignores SIGINT, and so does what it starts in turn.
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{heard}; import demo; demo.run(lambda: demo.run_step('Training', {str(step)!r}))"
     run = subprocess.Popen(
         [sys.executable, "-c", code], cwd=TOOLS, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
