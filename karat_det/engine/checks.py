@@ -1,6 +1,5 @@
 """Checks of the values in a config, of detectors and of pretraining, before anything is built."""
 
-import math
 import os
 import re
 from fnmatch import fnmatchcase
@@ -14,7 +13,6 @@ from timm.data.auto_augment import rand_augment_transform
 from ..config import add_karat_config, image_size, pretrain_config
 from ..data.mapper import build_augmentation
 from .config_values import leaves, shown
-from .divergence import ACTIONS
 from .ranges import check_ranges
 
 # Bytes of a file's name, on every common file system.
@@ -45,7 +43,6 @@ def check_detector_config(cfg: CfgNode) -> None:
     _check_output_dir(cfg)
     _check_lists_that_belong_together(cfg)
     build_augmentation(cfg, is_train=True)
-    _check_faults(cfg)
     if cfg.SOLVER.LAYER_DECAY != 1 and cfg.MODEL.BACKBONE.NAME != "build_vitdet_karat_backbone":
         raise ValueError(
             f"SOLVER.LAYER_DECAY is {cfg.SOLVER.LAYER_DECAY}, which is for build_vitdet_karat_backbone. With "
@@ -86,7 +83,6 @@ def check_pretrain_config(cfg: CfgNode) -> None:
             f"SOLVER.IMS_PER_BATCH is {solver.IMS_PER_BATCH}, {solver.IMS_PER_BATCH // world_size} for each of "
             f"{world_size} processes. Mixup and cutmix pair images, so it must be even; or set AUG.MIX_PROB 0.0."
         )
-    _check_faults(cfg)
     if solver.WARMUP_EPOCHS >= solver.EPOCHS:
         raise ValueError(
             f"SOLVER.WARMUP_EPOCHS is {solver.WARMUP_EPOCHS}. It must be below SOLVER.EPOCHS, {solver.EPOCHS}."
@@ -245,19 +241,3 @@ def _check_lists_that_belong_together(cfg: CfgNode) -> None:
                 f"TEST.EXPECTED_RESULTS is {shown(cfg.TEST.EXPECTED_RESULTS)}. Each item must be [task, metric, value, "
                 "tolerance], such as ['bbox', 'AP', 38.5, 0.2]."
             )
-
-
-def _check_faults(cfg: CfgNode) -> None:
-    """Checks what detectors and classifiers have against faults."""
-    minutes = cfg.SOLVER.CHECKPOINT_MINUTES
-    if not 0 <= minutes < math.inf:
-        raise ValueError(f"SOLVER.CHECKPOINT_MINUTES is {minutes}. It must be a number of minutes, or 0 for never.")
-    if cfg.SOLVER.ON_DIVERGENCE not in ACTIONS:
-        raise ValueError(
-            f"SOLVER.ON_DIVERGENCE is {cfg.SOLVER.ON_DIVERGENCE!r}, which is unknown. Known: {', '.join(ACTIONS)}."
-        )
-    for key in ("MAX_SKIPPED_STEPS", "MAX_ROLLBACKS"):
-        if cfg.SOLVER[key] < 0:
-            raise ValueError(f"SOLVER.{key} is {cfg.SOLVER[key]}. It must be at least 0.")
-    if not 1 < cfg.SOLVER.SPIKE_FACTOR < math.inf:
-        raise ValueError(f"SOLVER.SPIKE_FACTOR is {cfg.SOLVER.SPIKE_FACTOR}. It must be above 1.")

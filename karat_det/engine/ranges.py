@@ -13,6 +13,7 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from .config_values import leaves, shown
+from .divergence import ACTIONS
 from .optimizer import FULL_MODEL
 from .order import SAMPLERS
 
@@ -123,6 +124,8 @@ _RANGES = (
     ("SOLVER.CLIP_GRADIENTS.NORM_TYPE", _Range(1, math.inf)),
     ("SOLVER.WARMUP_ITERS SOLVER.WARMUP_EPOCHS *.KEEP_CHECKPOINTS VIS_PERIOD", _Range(0, _COUNT)),
     ("SOLVER.CHECKPOINT_MINUTES", _Range(0, 1e6)),
+    ("SOLVER.MAX_SKIPPED_STEPS SOLVER.MAX_ROLLBACKS", _Range(0, _COUNT)),
+    ("SOLVER.SPIKE_FACTOR", _Range(1, 1e9, open_below=True)),
     ("TEST.CROP_RATIO", _Range(0.05, 1)),
     ("TEST.DETECTIONS_PER_IMAGE TEST.PRECISE_BN.NUM_ITER", _Range(1, 1_000_000)),
 )
@@ -136,6 +139,7 @@ _CHOICES = (
     ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", (FULL_MODEL, "norm", "value")),
     ("SOLVER.LR_SCHEDULER_NAME", ("WarmupMultiStepLR", "WarmupCosineLR")),
     ("SOLVER.WARMUP_METHOD", ("linear", "constant")),
+    ("SOLVER.ON_DIVERGENCE", ACTIONS),
     ("INPUT.MASK_FORMAT", ("polygon", "bitmask")),
     ("INPUT.CROP.TYPE", ("relative", "relative_range", "absolute", "absolute_range")),
     ("INPUT.FORMAT", ("BGR", "RGB", "L")),
