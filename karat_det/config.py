@@ -13,7 +13,7 @@ from dataclasses import fields
 from detectron2.config import CfgNode as CN
 from fvcore.common.config import CfgNode
 
-from .attention.operator import KArAtConfig
+from .attention.config import KArAtConfig
 
 
 def add_karat_config(cfg: CN) -> None:
@@ -256,7 +256,7 @@ def _add_divergence(solver: CfgNode) -> None:
 
 def _add_operator(model: CfgNode) -> None:
     """Adds MODEL.KARAT, as detectors and classifiers have it, to MODEL."""
-    # The operator that replaces softmax. Each key is a field of karat_det.attention.operator.KArAtConfig.
+    # The operator that replaces softmax. Each key is a field of karat_det.attention.config.KArAtConfig.
     model.KARAT = type(model)()
     # False builds the softmax model, Detectron2's or timm's own, parameter for parameter: the baseline of every
     # comparison.

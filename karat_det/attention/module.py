@@ -7,8 +7,9 @@ parameter names, so that their checkpoints load by name: `qkv`, `proj`, `rel_pos
 import torch
 from torch import Tensor, nn
 
+from .config import KArAtConfig
 from .functional import Bias
-from .operator import KArAtConfig, KArAtOperator, at_least_float32
+from .operator import KArAtOperator, at_least_float32
 
 
 class KArAtAttention(nn.Module):

@@ -13,8 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .config import KArAtConfig
 from .module import KArAtAttention
-from .operator import KArAtConfig, KArAtOperator
+from .operator import KArAtOperator
 
 
 class KArAtPaddedWindowAttention(KArAtAttention):
