@@ -58,6 +58,7 @@ $(STAMP): requirements.txt constraints.txt setup.py tools/install_detectron2.py
 		PYTHONWARNINGS=ignore::UserWarning $(VENV_PYTHON) -m pip install --no-warn-conflicts --editable '.[test]')
 	@rm $(UNFINISHED)
 	$(call step,Installing Detectron2,$(VENV_PYTHON) tools/install_detectron2.py)
+	$(call step,Compiling the attention for this CPU,$(VENV_PYTHON) tools/compile_attention.py)
 	@touch $(STAMP)
 	@echo "==> Installed into $(VENV), which takes $$(du -sh $(VENV) | cut -f1)"
 

@@ -95,7 +95,7 @@ def interpreted(monkeypatch):
     import triton.language as tl
     from triton.runtime.interpreter import InterpretedFunction
 
-    from karat_det.attention import kernels
+    from karat_det.attention.backends import triton as kernels
 
     launched = ("_forward_kernel", "_query_gradient_kernel", "_key_gradient_kernel")
     for name, function in list(vars(kernels).items()):

@@ -34,8 +34,7 @@ from fvcore.nn import FlopCountAnalysis
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..attention import KArAtConfig, KArAtOperator
-from ..attention.functional import Bias
+from ..attention import Bias, KArAtConfig, KArAtOperator
 from ..attention.module import rel_pos_terms
 from ..config import image_size, karat_config
 from ..engine.optimizer import build_optimizer

@@ -13,8 +13,7 @@ import torch
 from detectron2.modeling import build_model
 from torch import Tensor, nn
 
-from ..attention import Bias, KArAtAttention, KArAtConfig, KArAtOperator
-from ..attention import operator as attention_operator
+from ..attention import Bias, KArAtAttention, KArAtConfig, KArAtOperator, backends
 from ..attention.module import rel_pos_terms
 from ..config import image_size
 from ..engine.setup import load_cfg
@@ -96,8 +95,8 @@ def check_attention(device: str, case: AttentionCase) -> list[Row]:
     name = f"errors: {case}"
     measured = f"plain PyTorch {plain:.1e} ({worst})"
     result = PASS if plain <= tolerance else FAIL
-    width = case.head_dim + (sum(case.grid) if case.scores == REL_POS else 0)
-    no_kernels = why_no_kernels(learned["query"], width, case.grid_size, case.rank)
+    grid = case.grid if case.scores == REL_POS else ()
+    no_kernels = why_no_kernels(learned["query"], grid, case.grid_size, case.rank)
     reason = "masks have none" if mask is not None else no_kernels
     if reason and mask is None and result == PASS:
         result = SKIPPED
@@ -110,12 +109,14 @@ def check_attention(device: str, case: AttentionCase) -> list[Row]:
     return [Row(name, measured, f"≤ {tolerance:.0e}", result)]
 
 
-def why_no_kernels(query: Tensor, width: int, grid_size: int, rank: int) -> str:
-    """Why an operator does not use the Triton kernels for such a query and sizes; "" where it does."""
-    kernels = attention_operator.kernels
-    if kernels is None:
+def why_no_kernels(query: Tensor, grid: tuple[int, ...], grid_size: int, rank: int) -> str:
+    """Why there are no Triton kernels for such a query, relative positions on a grid, G and r; "" where there are."""
+    if backends.triton is None:
         return "Triton is not installed"
-    if kernels.can_run(query, width, grid_size, rank):
+    *batch, heads, num_tokens, width = query.shape
+    coefficients = torch.empty(heads, 2, grid_size, num_tokens, rank, device="meta")
+    bias = Bias(None, *(torch.empty(*batch, heads, num_tokens, side, device="meta") for side in grid))
+    if backends.triton.can_run(query, query, coefficients, bias, None, None):
         return ""
     if not query.is_cuda:
         return f"this is a {query.device.type} device"
@@ -124,7 +125,7 @@ def why_no_kernels(query: Tensor, width: int, grid_size: int, rank: int) -> str:
     capability = torch.cuda.get_device_capability(query.device)
     if capability < (8, 0):
         return "compute capability {}.{}, and they need 8.0".format(*capability)
-    return f"they are not made for {width} channels, G = {grid_size}, r = {rank} in {name_of(query.dtype)}"
+    return f"they are not made for {width + sum(grid)} channels, G = {grid_size}, r = {rank} in {name_of(query.dtype)}"
 
 
 def attend(
@@ -191,8 +192,7 @@ def check_times(device: str, shape: AttentionShape, dtype: torch.dtype, turns: T
     passes = {name: forward_and_backward(AttentionCore(name, shape).to(device), inputs) for name in (SDPA, *names)}
     seconds = turns.median_seconds(passes)
     peaks = {name: max(1, peak_memory(run, device)) for name, run in passes.items()}
-    width = shape.head_dim + (sum(shape.grid) if shape.rel_pos else 0)
-    reason = why_no_kernels(inputs[0], width, 3, shape.rank)
+    reason = why_no_kernels(inputs[0], shape.grid if shape.rel_pos else (), 3, shape.rank)
     rows = []
     for name in names:
         measured = [

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..attention import operator as attention_operator
+from ..attention import backends
 from ..checkpoint.publishing import working_commit
 from .benchmark import GRIDS, AttentionShape, Turns
 from .check_runner import FAIL, PASS, Check, Row, run_checks, table
@@ -136,8 +136,7 @@ def describe_machine(root: Path) -> list[Row]:
     parts = [*_gpus(), f"PyTorch {torch.__version__}"]
     parts += [f"CUDA {torch.version.cuda}"] if torch.version.cuda else []
     parts += [f"ROCm {torch.version.hip}"] if torch.version.hip else []
-    kernels = attention_operator.kernels
-    parts.append("no Triton" if kernels is None else f"Triton {kernels.triton.__version__}")
+    parts.append("no Triton" if backends.triton is None else f"Triton {backends.triton.triton.__version__}")
     parts += [
         f"Python {platform.python_version()}",
         f"{platform.system()} {platform.machine()}",

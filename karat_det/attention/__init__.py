@@ -1,7 +1,7 @@
-"""Kolmogorov-Arnold attention itself. It imports torch and nothing else; `kernels`, Triton too."""
+"""Kolmogorov-Arnold attention itself. It imports torch and nothing else; `backends.triton`, Triton too."""
 
+from .bias import Bias
 from .config import KArAtConfig
-from .functional import Bias
 from .module import KArAtAttention
 from .operator import KArAtOperator
 

@@ -47,8 +47,8 @@ class Basis(ABC):
             A tensor of shape (..., heads, rows, P).
         """
 
-    def numbers_per_input(self, units: int) -> int:
-        """How many numbers `sums` forms for one input."""
+    def elements_per_input(self, units: int) -> int:
+        """How many elements `sums` forms for one input."""
         return units
 
 
@@ -74,7 +74,7 @@ class LinearBasis(Basis):
             total = total + (feature if mask is None else feature * mask) @ weight
         return total
 
-    def numbers_per_input(self, units: int) -> int:
+    def elements_per_input(self, units: int) -> int:
         return math.prod(self.family)
 
 

@@ -7,8 +7,8 @@ parameter names, so that their checkpoints load by name: `qkv`, `proj`, `rel_pos
 import torch
 from torch import Tensor, nn
 
+from .bias import Bias
 from .config import KArAtConfig
-from .functional import Bias
 from .operator import KArAtOperator, at_least_float32
 
 

@@ -15,14 +15,6 @@ from torch import Tensor, nn
 
 from ..attention import KArAtAttention, KArAtOperator
 
-# The fixed factor that stands before each tensor of an operator, an attribute of the operator.
-_FIXED_FACTORS = {
-    "coefficients": "series_scale",
-    "projector": "projector_scale",
-    "outer_coefficients": "outer_scale",
-}
-
-
 # Of a ViT, in their order before its patches.
 PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")
 
@@ -121,7 +113,8 @@ def resample_operator(
         The tensors for `operator`, by name.
     """
     before = _with_tokens(operator, source.num_tokens)
-    factors = {key: getattr(before, _FIXED_FACTORS[key]) / getattr(operator, _FIXED_FACTORS[key]) for key in state}
+    ours = operator.fixed_factors()
+    factors = {key: factor / ours[key] for key, factor in before.fixed_factors().items() if key in state}
     weights = dict.fromkeys(state, source.area / target.area)
     if operator.config.base_function != "zero":
         # b(x) has no amplitude. W, which is linear, takes the factor of the sums that b is part of.
@@ -182,7 +175,7 @@ def _resample_operators(
         if not isinstance(operator, KArAtOperator):
             continue
         prefix = f"{name}." if name else ""
-        names = [key for key, _ in operator.named_parameters()]
+        names = list(operator.state_dict())
         if not all(prefix + key in state for key in names):
             continue
         held = {key: state[prefix + key] for key in names}
@@ -255,9 +248,9 @@ def _num_tokens(state: Mapping[str, Tensor], operator: KArAtOperator) -> int | N
     sizes = {tensor.shape[axis] for key, tensor in state.items() for axis in axes[key] if axis < tensor.ndim}
     if len(sizes) != 1:
         return None
-    num_tokens = sizes.pop()
+    num_tokens, ours = sizes.pop(), operator.state_dict()
     for key, tensor in state.items():
-        expected = list(operator.get_parameter(key).shape)
+        expected = list(ours[key].shape)
         for axis in axes[key]:
             expected[axis] = num_tokens
         if list(tensor.shape) != expected:
@@ -267,10 +260,10 @@ def _num_tokens(state: Mapping[str, Tensor], operator: KArAtOperator) -> int | N
 
 def _token_axes(operator: KArAtOperator) -> dict[str, list[int]]:
     """Which axes of each of the operator's tensors run over tokens: those that grow with their number."""
-    larger = _with_tokens(operator, operator.num_tokens + 1)
+    larger = _with_tokens(operator, operator.num_tokens + 1).state_dict()
     return {
-        key: [axis for axis, size in enumerate(tensor.shape) if size != larger.get_parameter(key).shape[axis]]
-        for key, tensor in operator.named_parameters()
+        key: [axis for axis, size in enumerate(tensor.shape) if size != larger[key].shape[axis]]
+        for key, tensor in operator.state_dict().items()
     }
 
 

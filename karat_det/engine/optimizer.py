@@ -16,11 +16,11 @@ FULL_MODEL = "full_model"
 # By the name of the parameter within its module. Norms and biases are known by having one dimension.
 NO_WEIGHT_DECAY = (
     *("pos_embed", "rel_pos_h", "rel_pos_w", "absolute_pos_embed", "relative_position_bias_table"),
-    *("coefficients", "outer_coefficients"),
+    "coefficients",
 )
 # What AdamW keeps of a parameter, beside the count of its steps.
 _AVERAGES = ("exp_avg", "exp_avg_sq")
-_OPERATOR = ("coefficients", "projector", "outer_coefficients")
+_OPERATOR = ("coefficients", "projector")
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.AdamW:

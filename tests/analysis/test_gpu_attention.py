@@ -33,10 +33,11 @@ def small(scores, dtype=torch.float32, grid=(3, 5), grid_size=3):
 def on_the_cpu(interpreted, monkeypatch):
     """Operators use the kernels for tensors on the CPU."""
     launches = []
-    kernels = gpu_attention.attention_operator.kernels
-    sums = kernels.fourier_score_sums
-    monkeypatch.setattr(kernels, "can_run", lambda *sizes: True)
-    monkeypatch.setattr(kernels, "fourier_score_sums", lambda *inputs: launches.append(inputs) or sums(*inputs))
+    kernels = gpu_attention.backends.triton
+    sums = kernels.fourier_sums
+    monkeypatch.setattr(gpu_attention.backends.cpu, "can_run", lambda *tensors: False)
+    monkeypatch.setattr(kernels, "can_run", lambda query, key, coefficients, bias, mask, value: mask is None)
+    monkeypatch.setattr(kernels, "fourier_sums", lambda *inputs: launches.append(inputs) or sums(*inputs))
     return launches
 
 
@@ -94,11 +95,9 @@ def test_products_of_single_tensorfloat32_factors_would_fail(on_the_cpu, monkeyp
     def rounded(x):
         return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
-    kernels = gpu_attention.attention_operator.kernels
-    sums = kernels.fourier_score_sums
-    monkeypatch.setattr(
-        kernels, "fourier_score_sums", lambda query, key, *rest: sums(rounded(query), rounded(key), *rest)
-    )
+    kernels = gpu_attention.backends.triton
+    sums = kernels.fourier_sums
+    monkeypatch.setattr(kernels, "fourier_sums", lambda query, key, *rest: sums(rounded(query), rounded(key), *rest))
     case = AttentionCase((7, 7), 1, torch.float32, NO_BIAS)
     learned, _, gradient = case.make_inputs("cpu")
     learned = {name: x.contiguous() for name, x in learned.items()}
@@ -118,7 +117,7 @@ def test_what_is_not_finite_is_the_largest_error():
 def test_a_device_without_kernels_skips_them_and_says_why(monkeypatch):
     (row,) = check_attention("cpu", small(REL_POS))
     assert (row.result, row.measured.split("; ")[1]) == (SKIPPED, "no kernels: this is a cpu device")
-    monkeypatch.setattr(gpu_attention.attention_operator, "kernels", None)
+    monkeypatch.setattr(gpu_attention.backends, "triton", None)
     (row,) = check_attention("cpu", small(REL_POS))
     assert (row.result, row.measured.split("; ")[1]) == (SKIPPED, "no kernels: Triton is not installed")
 

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from plain import BASES, ORDERS, activation, simplex_point
 from scipy.optimize import minimize
 
-from karat_det.attention import KArAtConfig, KArAtOperator, functional
-from karat_det.attention import operator as operator_module
-from karat_det.attention.functional import Bias
+from karat_det.attention import Bias, KArAtConfig, KArAtOperator, backends
+from karat_det.attention.backends import plain
 from karat_det.attention.operator import project_on_simplex
 
 FAMILY = [
@@ -74,7 +73,7 @@ def test_attend_equals_activate_then_matmul_in_value_and_every_gradient(monkeypa
     wanted = [*inputs, bias, *operator.parameters()]
     direct = operator.activate(0.7 * query @ key.transpose(-2, -1) + bias) @ value
     # Chunks of two rows of the scores; of fewer where a score is more than one number.
-    monkeypatch.setattr(functional, "_chunk_size", lambda device, per_thread=0: 2 * 3 * 2 * 5)
+    monkeypatch.setattr(plain, "_CHUNK_OF_THREAD", 2 * 3 * 2 * 5 // torch.get_num_threads())
     attended = operator.attend(query, key, value, bias, scale=0.7)
     torch.testing.assert_close(attended, direct)
     weight = torch.randn_like(attended)
@@ -154,7 +153,7 @@ def test_terms_of_a_grid_are_added_to_the_scores_of_its_rows_and_columns(monkeyp
     full = None if full_shape is None else torch.randn(full_shape, dtype=torch.float64, requires_grad=True)
     written_out = torch.stack([vertical[..., q // 3] + horizontal[..., q % 3] for q in range(6)], dim=-1)
     scores = query @ key.transpose(-2, -1) / 2 + written_out + (0.0 if full is None else full)
-    monkeypatch.setattr(functional, "_chunk_size", lambda device, per_thread=0: 2 * 3 * 2 * 6)
+    monkeypatch.setattr(plain, "_CHUNK_OF_THREAD", 2 * 3 * 2 * 6 // torch.get_num_threads())
     attended = operator.attend(query, key, value, Bias(full, vertical, horizontal))
     direct = operator.activate(scores) @ value
     torch.testing.assert_close(attended, direct)
@@ -308,11 +307,11 @@ def test_scaled_init_keeps_the_output_at_the_same_scale_for_any_grid_size(grid_s
 def test_paper_init_has_no_fixed_factors(fields):
     torch.manual_seed(7)
     operator = KArAtOperator(4, 50, KArAtConfig(init="paper", **{**fields, "rank": fields["rank"] and 12}))
-    assert operator.series_scale == operator.projector_scale == operator.outer_scale == 1.0
+    assert set(operator.fixed_factors().values()) == {1.0}
     if operator.projector is not None:
         bound = {"project_after": 12, "project_before": 50}[fields["order"]] ** -0.5
         assert 0.99 * bound < operator.projector.abs().max() <= bound
-    for coefficients in (operator.coefficients, operator.outer_coefficients):
+    for coefficients in (operator.coefficients, operator.outer and operator.outer.coefficients):
         if coefficients is not None and fields["basis"] == "fourier":
             assert coefficients.mean().abs() < 0.05
             assert abs(coefficients.std() - 1) < 0.05
@@ -526,7 +525,7 @@ def test_parameter_count_is_2g_plus_1_times_n_r_per_head():
 )
 def test_shapes_of_the_parameters(fields, expected):
     operator = KArAtOperator(3, 9, KArAtConfig(**{"rank": 4, "num_karat_heads": 2, **fields}))
-    assert {name: tuple(parameter.shape) for name, parameter in operator.named_parameters()} == expected
+    assert {name: tuple(tensor.shape) for name, tensor in operator.state_dict().items()} == expected
 
 
 def quadratic_programme(row):
@@ -587,68 +586,63 @@ def test_simplex_projection_passes_gradcheck():
 
 @pytest.mark.parametrize("can_run", [True, False])
 @pytest.mark.parametrize("triton", [True, False])
-def test_the_kernel_takes_over_where_it_can_run_unless_it_is_switched_off(monkeypatch, triton, can_run):
+def test_the_kernel_takes_over_on_cuda_unless_it_is_switched_off(monkeypatch, triton, can_run):
     called = []
 
     def kernel(*arguments):
         called.append(arguments)
-        return functional.fourier_sums(*arguments)
+        return plain.fourier_sums(*arguments)
 
-    monkeypatch.setattr(
-        operator_module, "kernels", SimpleNamespace(can_run=lambda *sizes: can_run, fourier_score_sums=kernel)
-    )
+    module = SimpleNamespace(can_run=lambda *inputs: can_run, fourier_sums=kernel)
+    monkeypatch.setattr(backends, "triton", module)
+    monkeypatch.setattr(backends.cpu, "can_run", lambda *tensors: False)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     torch.manual_seed(7)
     operator = KArAtOperator(2, 6, KArAtConfig(rank=2, triton=triton))
-    query, key, value = (torch.randn(3, 2, 6, 4) for _ in range(3))
-    attended = operator.attend(query, key, value)
-    assert bool(called) == (triton and can_run)
-    torch.testing.assert_close(attended, operator.activate(query @ key.mT / 2) @ value)
-
-    # The kernel gets terms of a grid as channels, in float32.
-    called.clear()
-    vertical, horizontal, full = torch.randn(3, 2, 6, 2), torch.randn(3, 2, 6, 3), torch.randn(6, 6)
-    bias = Bias(full, vertical, horizontal)
-    inputs = query.bfloat16(), key.bfloat16(), value
-    attended = operator.attend(*inputs, bias)
-    scores = bias.add_to(inputs[0].float() @ inputs[1].float().mT / 2)
-    torch.testing.assert_close(attended, operator.activate(scores) @ value)
-    for query, key, _, _, full_bias in called:
-        assert query.shape == key.shape == (3, 2, 6, 4 + 2 + 3)
-        assert query.dtype == key.dtype == torch.float32
-        assert isinstance(full_bias, torch.Tensor)
-
-
-@pytest.mark.parametrize(
-    "fields, most, calls",
-    [
-        ({}, 6 + 3 + 4, [13]),
-        ({}, 6 + 3 + 4 - 1, []),  # too many channels with those of the grid
-        ({"grid_size": 5}, 100, []),
-        ({"rank": 7}, 100, []),
-        ({"rank": None}, 100, []),
-        ({"order": "project_before"}, 100, []),
-        ({"residual": "softmax"}, 13, [13]),
-        ({"residual": "softmax"}, 12, []),
-    ],
-)
-def test_sizes_that_no_kernel_is_made_for_are_plain_pytorchs(monkeypatch, fields, most, calls):
-    called = []
-
-    def kernel(*arguments):
-        called.append(arguments[0].shape[-1])
-        return functional.fourier_sums(*arguments)
-
-    def can_run(query, width, grid_size, rank):
-        return width <= most and grid_size <= 4 and rank <= 6
-
-    monkeypatch.setattr(operator_module, "kernels", SimpleNamespace(can_run=can_run, fourier_score_sums=kernel))
-    torch.manual_seed(7)
-    operator = KArAtOperator(2, 12, KArAtConfig(**{"rank": 2, **fields}))
-    if operator.projector is not None:
-        torch.nn.init.normal_(operator.projector)
-    query, key, value = (torch.randn(3, 2, 12, 6) for _ in range(3))
-    bias = Bias(torch.randn(12, 12), torch.randn(3, 2, 12, 3), torch.randn(3, 2, 12, 4))
+    query, key, value = (torch.randn(3, 2, 6, 4).bfloat16() for _ in range(3))
+    bias = Bias(torch.randn(6, 6), torch.randn(3, 2, 6, 2), torch.randn(3, 2, 6, 3))
     attended = operator.attend(query, key, value, bias)
-    assert called == calls
-    scores = bias.add_to(query @ key.mT * 6**-0.5)
-    torch.testing.assert_close(attended, operator.activate(scores) @ value)
+    assert bool(called) == (triton and can_run)
+    scores = bias.add_to(query.float() @ key.float().mT / 2)
+    torch.testing.assert_close(attended, (operator.activate(scores) @ value.float()).bfloat16())
+    for arguments in called:  # as they are: the kernel makes float32 scores of them
+        assert arguments[0].dtype == torch.bfloat16
+
+
+def test_a_float_bias_of_minus_infinity_is_a_mask_as_in_scaled_dot_product_attention():
+    """In value and in every gradient, that of the bias included."""
+    torch.manual_seed(3)
+    operator = make_operator(3, 5, rank=2, num_karat_heads=2, residual="softmax")
+    query, key, value = (torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    mask, finite = make_mask(2, 1, 5, 5), torch.randn(3, 5, 5, dtype=torch.float64, requires_grad=True)
+    leaves = [query, key, value, finite, *operator.parameters()]
+    results = []
+    for bias, given_mask in ((finite.masked_fill(~mask, -torch.inf), None), (finite, mask)):
+        attended = operator.attend(query, key, value, bias, mask=given_mask)
+        results.append([attended, *torch.autograd.grad(attended.square().sum(), leaves)])
+    for actual, expected in zip(*results, strict=True):
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("name", ["bias", "mask", "Bias"])
+@pytest.mark.parametrize("shape", [(4,), (5, 4), (2, 5, 5), (3, 3, 5, 5), (1, 2, 3, 5, 5)], ids=str)
+def test_a_bias_or_mask_of_another_shape_is_refused(name, shape):
+    operator = make_operator(3, 5, rank=2)
+    inputs = [torch.randn(2, 3, 5, 4, dtype=torch.float64) for _ in range(3)]
+    tensor = torch.zeros(shape)
+    given = {"bias": {"bias": tensor}, "mask": {"mask": tensor > -1}, "Bias": {"bias": Bias(tensor)}}[name]
+    with pytest.raises(
+        ValueError, match=rf"{name.lower()} has the shape .*broadcastable to the scores' \(2, 3, 5, 5\)"
+    ):
+        operator.attend(*inputs, **given)
+    if name == "mask":
+        with pytest.raises(ValueError, match="mask has the shape"):
+            operator.activate(torch.randn(2, 3, 5, 5, dtype=torch.float64), tensor > -1)
+
+
+def test_a_mask_of_floats_is_refused():
+    operator = make_operator(3, 5, rank=2)
+    inputs = [torch.randn(2, 3, 5, 4, dtype=torch.float64) for _ in range(3)]
+    with pytest.raises(ValueError, match=r"mask is of torch\.float32\. It must be boolean.*are a bias"):
+        operator.attend(*inputs, mask=torch.zeros(5, 5))

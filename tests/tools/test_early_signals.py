@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = {
     "benchmark": ["--output", "out"],
     "check_gpu": [],
+    "compile_attention": [],
     "convert_weights": ["in.pth", "out.pth"],
     "pretrain_net": [],
     "study": ["--study", "study.yaml", "--output", "out"],

@@ -30,6 +30,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from triton.language.extra.cuda import libdevice
 
+from ..bias import Bias
+from . import plain
+
 # 2π in two parts. The first has so few bits that its product with a whole number of turns is exact.
 _TURN_HIGH = tl.constexpr(6.28125)
 _TURN_LOW = tl.constexpr(0.0019353071795864769)
@@ -48,62 +51,45 @@ _MAX_WIDTH = 256
 _MAX_FUNCTIONS = 128
 
 
-def fourier_score_sums(
-    query: Tensor, key: Tensor, coefficients: Tensor, scale: float, bias: Tensor | None = None
-) -> Tensor:
-    """Sums r Fourier series over each row of the scores scale · Q Kᵀ + bias, without forming the scores in memory.
-
-    Differentiable (once) in all tensors, and a single operator to torch.compile. If the bias needs a gradient, that of
-    all scores is formed in the backward pass.
-
-    Args:
-        query, key: of shape (..., heads, N, d), any strides; both float32, bfloat16 or float16.
-        coefficients: a then b, of shape (heads, 2, G, N, r), at index (head, a or b, m − 1, q, p).
-        scale: of the product of query and key.
-        bias: added to the scores, broadcastable to (..., heads, N, N). It must be finite.
-
-    Returns:
-        A float32 tensor of shape (..., heads, N, r).
-
-    Raises:
-        ValueError: shapes or types do not fit each other.
-    """
-    if query.dtype != key.dtype or query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(
-            f"query is {query.dtype} and key {key.dtype}. Both must be float32, bfloat16 or float16, and the same."
-        )
-    if query.ndim < 3 or query.shape != key.shape:
-        raise ValueError(
-            f"query has shape {tuple(query.shape)} and key {tuple(key.shape)}. Both must be (..., heads, N, d)."
-        )
-    heads, num_tokens = query.shape[-3:-1]
-    shape = coefficients.shape
-    if len(shape) != 5 or (shape[0], shape[1], shape[3]) != (heads, 2, num_tokens):
-        raise ValueError(
-            f"coefficients have shape {tuple(shape)}. For a query of shape {tuple(query.shape)} it must be "
-            f"(heads, 2, G, N, r) with {heads} heads and N = {num_tokens}."
-        )
+def fourier_sums(
+    query: Tensor,
+    key: Tensor,
+    coefficients: Tensor,
+    scale: float,
+    bias: Bias | None = None,
+    mask: Tensor | None = None,
+    value: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See `backends.fourier_sums`. `can_run` must hold; the sums are float32."""
+    bias = bias or Bias()
+    softmax = None if value is None else plain.softmax_attention(query, key, value, scale, bias)
+    if bias.vertical is not None:
+        query, key, scale = plain.append_grid_terms(query, key.to(query.dtype), scale, bias)
+        key = key.to(query.dtype)
     # Rows that begin at multiples of 16 elements are loaded in wide words, and 16 is the smallest side of a product.
-    width, rank = query.shape[-1], shape[-1]
+    width, rank = query.shape[-1], coefficients.shape[-1]
     if width % 16:
         query, key = pad(query, (0, -width % 16)), pad(key, (0, -width % 16))
-    padded_rank = _padded_rank(rank)
-    if padded_rank > rank:
-        coefficients = pad(coefficients, (0, padded_rank - rank))
-    return _score_sums(query, key, coefficients, scale, bias)[..., :rank]
+    if _padded_rank(rank) > rank:
+        coefficients = pad(coefficients, (0, _padded_rank(rank) - rank))
+    sums = _score_sums(query, key, coefficients, scale, bias.full)[..., :rank]
+    return sums if value is None else (sums, softmax)
 
 
-def can_run(query: Tensor, width: int, grid_size: int, rank: int) -> bool:
-    """Whether the kernels are made for these sizes and a tensor's type and device.
+def can_run(query: Tensor, key: Tensor, coefficients: Tensor, bias: Bias | None, mask: Tensor | None, value) -> bool:
+    """Whether the kernels are made for these sizes, types and this device.
 
-    Args:
-        query: its type and device count. The device must be an NVIDIA GPU of compute capability 8.0 or more.
-        width: d of query and key, with what relative positions add to it.
-        grid_size, rank: G and r of the coefficients.
+    The device must be an NVIDIA GPU of compute capability 8.0 or more.
     """
+    grid_size, rank = coefficients.shape[2], coefficients.shape[-1]
+    width = query.shape[-1]
+    if bias is not None and bias.vertical is not None:
+        width += bias.vertical.shape[-1] + bias.horizontal.shape[-1]
     return (
         query.is_cuda
         and torch.version.cuda is not None
+        and mask is None
+        and query.shape == key.shape
         and query.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and width <= _MAX_WIDTH
         and grid_size * _padded_rank(rank) <= _MAX_FUNCTIONS

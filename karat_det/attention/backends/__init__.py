@@ -1,0 +1,92 @@
+"""Sums of Fourier series over attention scores, and the product with the values: one signature, one file a device.
+
+`cpu` is compiled C++, for float32; `triton` is for NVIDIA's GPUs; `plain` is PyTorch alone, for all else. The
+environment variable KARAT_BACKEND=plain forces the last.
+"""
+
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..bias import Bias
+from . import cpu, plain
+
+try:
+    from . import triton
+except ImportError:  # Triton comes with PyTorch's CUDA builds for Linux alone
+    triton = None
+
+
+def fourier_sums(
+    query: Tensor,
+    key: Tensor,
+    coefficients: Tensor,
+    scale: float,
+    bias: Bias | None = None,
+    mask: Tensor | None = None,
+    value: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Φ̂_p[A_k] = Σ_q Σ_m a_pqm cos(m A_kq) + b_pqm sin(m A_kq), for the scores A = scale · Q Kᵀ + bias.
+
+    The scores are not kept: memory grows with N, not with N².
+
+    Args:
+        query: of shape (..., heads, N, d).
+        key: of shape (..., heads, M, d).
+        coefficients: a then b, of shape (heads, 2, G, M, r), at index (head, a or b, m − 1, q, p).
+        scale: of the product of query and key.
+        bias: added to the scores.
+        mask: boolean, broadcastable to (..., heads, N, M), False where a query does not see a key. Such a score is in
+            no sum and gets no gradient.
+        value: V, of shape (..., heads, M, v). With it, softmax(A) V comes from the same scores.
+
+    Returns:
+        A tensor of shape (..., heads, N, r); with a value, it and softmax(A) V, of shape (..., heads, N, v). Both are
+        differentiable once.
+
+    Source: section 3 of the paper, arXiv 2503.10632.
+    """
+    backend = choose(query, key, coefficients, bias, mask, value)
+    return backend.fourier_sums(query, key, coefficients, scale, bias, mask, value)
+
+
+def project(units: Tensor, projector: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """σ̂(A) V = Φ̂[A] (Wᵀ V), from the units Φ̂[A]; with a mask (Φ̂[A] Wᵀ ∘ mask) V.
+
+    Args:
+        units: of shape (..., heads, N, r).
+        projector: W, of shape (heads, M, r).
+        value: V, of shape (..., heads, M, d).
+        mask: see `fourier_sums`.
+
+    Returns:
+        A tensor of shape (..., heads, N, d).
+    """
+    if not _plain_is_forced() and cpu.can_run(units, projector, value):
+        return cpu.project(units, projector, value, mask)
+    return plain.project(units, projector, value, mask)
+
+
+def choose(
+    query: Tensor,
+    key: Tensor,
+    coefficients: Tensor,
+    bias: Bias | None,
+    mask: Tensor | None,
+    value: Tensor | None,
+    with_triton: bool = True,
+) -> ModuleType:
+    """The back end for these inputs of `fourier_sums`; without `with_triton` it is not Triton's."""
+    if not _plain_is_forced():
+        if cpu.can_run(query, key, coefficients):
+            return cpu
+        if with_triton and triton is not None and triton.can_run(query, key, coefficients, bias, mask, value):
+            return triton
+    return plain
+
+
+def _plain_is_forced() -> bool:
+    """Whether a user forces it, or a graph of plain calls is recorded: for ONNX, or to count multiply-adds."""
+    return os.environ.get("KARAT_BACKEND") == "plain" or torch.jit.is_tracing() or torch.compiler.is_exporting()
