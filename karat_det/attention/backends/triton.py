@@ -12,8 +12,9 @@ the coefficients and the bias are kept for the backward pass, which forms the ti
     Q̄ = scale · Ā K,   K̄ = scale · Āᵀ Q,   bias: Ā, summed over the dimensions along which it was broadcast,
     ā_pqm = Σ cos(m A_kq) S̄_kp,   b̄_pqm = Σ sin(m A_kq) S̄_kp,   summed over k and over the batch.
 
-One backward kernel goes through the keys of a tile of queries, for Q̄; the other through the queries of a tile of keys,
-for K̄, ā and b̄. No sum is made by atomic additions, so results are the same in each run.
+One backward kernel goes through the keys of a tile of queries, for Q̄ and the gradients of a grid's terms; the other
+through the queries of a tile of keys, for K̄, ā and b̄. No sum is made by atomic additions, so results are the same in
+each run.
 
 Scores, phases, sines, cosines and sums are float32. The products take their factors in the type of Q and K, float32
 ones as three TensorFloat-32 products each, which is nearly exact.
@@ -45,9 +46,9 @@ _ROUND = tl.constexpr(12582912.0)
 _ENOUGH_PROGRAMS = 512
 
 # Up to these sizes the kernels fit the shared memory of every GPU of compute capability 8.0 and more: 99 KiB on those
-# of 8.6, 8.9 and 12.0. d, with a channel for each row and column of the grid where there are relative positions, and G
-# times r, as a power of two.
+# of 8.6, 8.9 and 12.0. d, H and W of the grid where there are relative positions, and G times r, as a power of two.
 _MAX_WIDTH = 256
+_MAX_SIDE = 128
 _MAX_FUNCTIONS = 128
 
 
@@ -62,17 +63,15 @@ def fourier_sums(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See `backends.fourier_sums`. `can_run` must hold; the sums are float32."""
     bias = bias or Bias()
-    softmax = None if value is None else plain.softmax_attention(query, key, value, scale, bias)
-    if bias.vertical is not None:
-        query, key, scale = plain.append_grid_terms(query, key.to(query.dtype), scale, bias)
-        key = key.to(query.dtype)
+    softmax = None if value is None else plain.softmax_attention(query, key, value, scale, bias, mask)
+    vertical, horizontal = (None if term is None else term.float().contiguous() for term in bias[1:])
     # Rows that begin at multiples of 16 elements are loaded in wide words, and 16 is the smallest side of a product.
     width, rank = query.shape[-1], coefficients.shape[-1]
     if width % 16:
         query, key = pad(query, (0, -width % 16)), pad(key, (0, -width % 16))
     if _padded_rank(rank) > rank:
         coefficients = pad(coefficients, (0, _padded_rank(rank) - rank))
-    sums = _score_sums(query, key, coefficients, scale, bias.full)[..., :rank]
+    sums = _score_sums(query, key, coefficients, scale, bias.full, vertical, horizontal, mask)[..., :rank]
     return sums if value is None else (sums, softmax)
 
 
@@ -82,16 +81,14 @@ def can_run(query: Tensor, key: Tensor, coefficients: Tensor, bias: Bias | None,
     The device must be an NVIDIA GPU of compute capability 8.0 or more.
     """
     grid_size, rank = coefficients.shape[2], coefficients.shape[-1]
-    width = query.shape[-1]
-    if bias is not None and bias.vertical is not None:
-        width += bias.vertical.shape[-1] + bias.horizontal.shape[-1]
+    sides = [term.shape[-1] for term in (bias or Bias())[1:] if term is not None]
     return (
         query.is_cuda
         and torch.version.cuda is not None
-        and mask is None
         and query.shape == key.shape
         and query.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and width <= _MAX_WIDTH
+        and query.shape[-1] <= _MAX_WIDTH
+        and all(side <= _MAX_SIDE for side in sides)
         and grid_size * _padded_rank(rank) <= _MAX_FUNCTIONS
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )
@@ -130,15 +127,46 @@ def _cosine_and_sine(x):
 
 
 @triton.jit
-def _bias_start(bias, strides, inner_size, batch, head):
-    return bias + (batch // inner_size) * strides[0] + (batch % inner_size) * strides[1] + head * strides[2]
+def _start(tensor, strides, inner_size, batch, head):
+    return tensor + (batch // inner_size) * strides[0] + (batch % inner_size) * strides[1] + head * strides[2]
+
+
+@triton.jit
+def _add_bias(
+    scores, queries, keys, batch, head, heads, num_tokens, inner_size,
+    bias, bias_strides, vertical, horizontal, H: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """The scores of a tile with the terms of a bias. Queries and keys are along one dimension each."""
+    inside = (queries < num_tokens) & (keys < num_tokens)
+    if bias is not None:
+        start = _start(bias, bias_strides, inner_size, batch, head)
+        terms = tl.load(start + queries * bias_strides[3] + keys * bias_strides[4], mask=inside, other=0.0)
+        scores += terms.to(tl.float32)
+    if vertical is not None:
+        rows = (batch * heads + head) * num_tokens + queries
+        scores += tl.load(vertical + rows * H + keys // W, mask=inside, other=0.0)
+        scores += tl.load(horizontal + rows * W + keys % W, mask=inside, other=0.0)
+    return scores
+
+
+@triton.jit
+def _seen_cosine_and_sine(scores, queries, keys, batch, head, num_tokens, inner_size, mask, mask_strides):
+    """Both of a tile of scores, 0 where the mask is."""
+    cosine, sine = _cosine_and_sine(scores)
+    if mask is not None:
+        inside = (queries < num_tokens) & (keys < num_tokens)
+        start = _start(mask, mask_strides, inner_size, batch, head)
+        seen = tl.load(start + queries * mask_strides[3] + keys * mask_strides[4], mask=inside, other=0) != 0
+        cosine, sine = tl.where(seen, cosine, 0.0), tl.where(seen, sine, 0.0)
+    return cosine, sine
 
 
 # All kernels begin with the arguments that _inputs gives. D is d, and BLOCK_D the power of two that holds it; in lower
 # case are tiles, in the gradients' kernels with d for a gradient.
 @triton.jit
 def _forward_kernel(
-    query, query_strides, key, key_strides, coefficients, bias, bias_strides, bias_inner, scale,
+    query, query_strides, key, key_strides, coefficients, inner_size, bias, bias_strides, vertical, horizontal,
+    H: tl.constexpr, W: tl.constexpr, mask, mask_strides, scale,
     heads, num_tokens, D: tl.constexpr, BLOCK_D: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
     sums,
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
@@ -160,11 +188,13 @@ def _forward_kernel(
         keys = first_key + tl.arange(0, KEYS)
         k = _tile(key, keys, key_strides[2], num_tokens, features, key_strides[3], D)
         scores = _dot(q, tl.trans(k)) * scale
-        if bias is not None:
-            start = _bias_start(bias, bias_strides, bias_inner, batch, head)
-            bias_tile = _tile(start, queries, bias_strides[3], num_tokens, keys, bias_strides[4], num_tokens)
-            scores += bias_tile.to(tl.float32)
-        cosine_1, sine_1 = _cosine_and_sine(scores)
+        scores = _add_bias(
+            scores, queries[:, None], keys[None, :], batch, head, heads, num_tokens, inner_size,
+            bias, bias_strides, vertical, horizontal, H, W,
+        )  # fmt: skip
+        cosine_1, sine_1 = _seen_cosine_and_sine(
+            scores, queries[:, None], keys[None, :], batch, head, num_tokens, inner_size, mask, mask_strides
+        )
         cosine, sine = cosine_1, sine_1
         for m in tl.static_range(G):
             if m > 0:
@@ -178,12 +208,16 @@ def _forward_kernel(
 
 @triton.jit
 def _query_gradient_kernel(
-    query, query_strides, key, key_strides, coefficients, bias, bias_strides, bias_inner, scale,
+    query, query_strides, key, key_strides, coefficients, inner_size, bias, bias_strides, vertical, horizontal,
+    H: tl.constexpr, W: tl.constexpr, mask, mask_strides, scale,
     heads, num_tokens, D: tl.constexpr, BLOCK_D: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
-    sums_gradient, query_gradient, score_gradient,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    sums_gradient, query_gradient, score_gradient, vertical_gradient, horizontal_gradient,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a tile of queries and, where wanted, of their scores. Programs as in the forward pass."""
+    """The gradients of a tile of queries, of their terms for a grid and, where wanted, of their scores.
+
+    Programs as in the forward pass.
+    """
     batch_head = tl.program_id(0).to(tl.int64)
     batch, head = batch_head // heads, batch_head % heads
     query += batch * query_strides[0] + head * query_strides[1]
@@ -198,15 +232,21 @@ def _query_gradient_kernel(
     q = _tile(query, queries, query_strides[2], num_tokens, features, query_strides[3], D)
     ds = _tile(sums_gradient, queries, R, num_tokens, ranks, 1, R)
     dq = tl.full((QUERIES, BLOCK_D), 0.0, tl.float32)
+    if vertical is not None:
+        rows, columns = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_W)
+        dvertical = tl.full((QUERIES, BLOCK_H), 0.0, tl.float32)
+        dhorizontal = tl.full((QUERIES, BLOCK_W), 0.0, tl.float32)
     for first_key in range(0, num_tokens, KEYS):
         keys = first_key + tl.arange(0, KEYS)
         k = _tile(key, keys, key_strides[2], num_tokens, features, key_strides[3], D)
         scores = _dot(q, tl.trans(k)) * scale
-        if bias is not None:
-            start = _bias_start(bias, bias_strides, bias_inner, batch, head)
-            bias_tile = _tile(start, queries, bias_strides[3], num_tokens, keys, bias_strides[4], num_tokens)
-            scores += bias_tile.to(tl.float32)
-        cosine_1, sine_1 = _cosine_and_sine(scores)
+        scores = _add_bias(
+            scores, queries[:, None], keys[None, :], batch, head, heads, num_tokens, inner_size,
+            bias, bias_strides, vertical, horizontal, H, W,
+        )  # fmt: skip
+        cosine_1, sine_1 = _seen_cosine_and_sine(
+            scores, queries[:, None], keys[None, :], batch, head, num_tokens, inner_size, mask, mask_strides
+        )
         cosine, sine = cosine_1, sine_1
         dscores = tl.full((QUERIES, KEYS), 0.0, tl.float32)
         for m in tl.static_range(G):
@@ -218,13 +258,21 @@ def _query_gradient_kernel(
         if score_gradient is not None:
             start = score_gradient + batch_head * num_tokens * num_tokens
             _store_tile(start, dscores, queries, num_tokens, num_tokens, keys, num_tokens)
+        if vertical is not None:  # sums along a row, or a column, of the grid; keys over the edge are none of its
+            here = (keys < num_tokens)[:, None]
+            dvertical += _dot(dscores, (here & (keys[:, None] // W == rows[None, :])).to(tl.float32))
+            dhorizontal += _dot(dscores, (here & (keys[:, None] % W == columns[None, :])).to(tl.float32))
         dq += _dot(dscores.to(q.dtype), k)
     _store_tile(query_gradient, dq * scale, queries, D, num_tokens, features, D)
+    if vertical is not None:
+        _store_tile(vertical_gradient + batch_head * num_tokens * H, dvertical, queries, H, num_tokens, rows, H)
+        _store_tile(horizontal_gradient + batch_head * num_tokens * W, dhorizontal, queries, W, num_tokens, columns, W)
 
 
 @triton.jit
 def _key_gradient_kernel(
-    query, query_strides, key, key_strides, coefficients, bias, bias_strides, bias_inner, scale,
+    query, query_strides, key, key_strides, coefficients, inner_size, bias, bias_strides, vertical, horizontal,
+    H: tl.constexpr, W: tl.constexpr, mask, mask_strides, scale,
     heads, num_tokens, D: tl.constexpr, BLOCK_D: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
     sums_gradient, key_gradient, coefficients_gradient, batch_size, part_size,
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
@@ -257,11 +305,13 @@ def _key_gradient_kernel(
             # 0 for queries over the edge, so that they add nothing.
             ds = _tile(sums_gradient + batch_head * num_tokens * R, queries, R, num_tokens, ranks, 1, R)
             scores = _dot(k, tl.trans(q)) * scale
-            if bias is not None:
-                start = _bias_start(bias, bias_strides, bias_inner, batch, head)
-                bias_tile = _tile(start, keys, bias_strides[4], num_tokens, queries, bias_strides[3], num_tokens)
-                scores += bias_tile.to(tl.float32)
-            cosine_1, sine_1 = _cosine_and_sine(scores)
+            scores = _add_bias(
+                scores, queries[None, :], keys[:, None], batch, head, heads, num_tokens, inner_size,
+                bias, bias_strides, vertical, horizontal, H, W,
+            )  # fmt: skip
+            cosine_1, sine_1 = _seen_cosine_and_sine(
+                scores, queries[None, :], keys[:, None], batch, head, num_tokens, inner_size, mask, mask_strides
+            )
             cosine, sine = cosine_1, sine_1
             dscores = tl.full((KEYS, QUERIES), 0.0, tl.float32)
             more_da, more_db = (), ()
@@ -283,19 +333,29 @@ def _key_gradient_kernel(
 
 
 @torch.library.custom_op("karat_det::fourier_score_sums", mutates_args=())
-def _score_sums(query: Tensor, key: Tensor, coefficients: Tensor, scale: float, bias: Tensor | None) -> Tensor:
-    """fourier_score_sums for d a multiple of 16 and r a power of two from 16 on."""
+def _score_sums(
+    query: Tensor,
+    key: Tensor,
+    coefficients: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    vertical: Tensor | None,
+    horizontal: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor:
+    """The sums for d a multiple of 16, r a power of two from 16 on, and contiguous terms of a grid."""
     sums = query.new_empty(*query.shape[:-1], coefficients.shape[-1], dtype=torch.float32)
     *batch, heads, num_tokens, _ = query.shape
     options = _options(query, tile=(64, 32), float32_tile=(64, 16))
     programs = (math.prod(batch) * heads, triton.cdiv(num_tokens, options["QUERIES"]))
+    inputs = _inputs(query, key, coefficients, scale, bias, vertical, horizontal, mask)
     with torch.cuda.device_of(query):
-        _forward_kernel[programs](*_inputs(query, key, coefficients, scale, bias), sums, **options)
+        _forward_kernel[programs](*inputs, sums, **options)
     return sums
 
 
 @_score_sums.register_fake
-def _(query, key, coefficients, scale, bias):
+def _(query, key, coefficients, scale, bias, vertical, horizontal, mask):
     return query.new_empty(*query.shape[:-1], coefficients.shape[-1], dtype=torch.float32)
 
 
@@ -307,18 +367,27 @@ def _score_sums_backward(
     coefficients: Tensor,
     scale: float,
     bias: Tensor | None,
+    vertical: Tensor | None,
+    horizontal: Tensor | None,
+    mask: Tensor | None,
     with_scores: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of query, key, coefficients and, with_scores, of the scores, else an empty tensor."""
-    gradients = _empty_gradients(query, key, coefficients, with_scores)
-    query_gradient, key_gradient, coefficients_gradient, score_gradient = gradients
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of query, key, coefficients, scores, vertical and horizontal.
+
+    Those of the scores are empty without `with_scores`, those of the others where there are none.
+    """
+    gradients = _empty_gradients(query, key, coefficients, vertical, horizontal, with_scores)
+    query_gradient, key_gradient, coefficients_gradient, score_gradient, *term_gradients = gradients
     *batch, heads, num_tokens, _ = query.shape
     batch_size = math.prod(batch)
-    inputs = (*_inputs(query, key, coefficients, scale, bias), sums_gradient.to(query.dtype).contiguous())
+    inputs = _inputs(query, key, coefficients, scale, bias, vertical, horizontal, mask)
+    inputs = (*inputs, sums_gradient.to(query.dtype).contiguous())
+    sides = [max(16, triton.next_power_of_2(term.shape[-1])) for term in term_gradients]
     with torch.cuda.device_of(query):
         options = _options(query, tile=(64, 32), float32_tile=(16, 32))
         programs = (batch_size * heads, triton.cdiv(num_tokens, options["QUERIES"]))
-        _query_gradient_kernel[programs](*inputs, query_gradient, score_gradient if with_scores else None, **options)
+        results = query_gradient, score_gradient if with_scores else None, *term_gradients
+        _query_gradient_kernel[programs](*inputs, *results, *sides, **options)
 
         options = _options(query, tile=(32, 64), float32_tile=(32, 16))
         tiles = triton.cdiv(num_tokens, options["KEYS"])
@@ -333,51 +402,61 @@ def _score_sums_backward(
 
 
 @_score_sums_backward.register_fake
-def _(sums_gradient, query, key, coefficients, scale, bias, with_scores):
-    return _empty_gradients(query, key, coefficients, with_scores)
+def _(sums_gradient, query, key, coefficients, scale, bias, vertical, horizontal, mask, with_scores):
+    return _empty_gradients(query, key, coefficients, vertical, horizontal, with_scores)
 
 
 def _save_inputs(ctx, inputs, output):
-    query, key, coefficients, ctx.scale, bias = inputs
-    ctx.save_for_backward(query, key, coefficients, bias)
+    query, key, coefficients, ctx.scale, *others = inputs
+    ctx.save_for_backward(query, key, coefficients, *others)
 
 
 def _backward(ctx, sums_gradient):
-    query, key, coefficients, bias = ctx.saved_tensors
+    query, key, coefficients, bias, *others = ctx.saved_tensors
     with_scores = ctx.needs_input_grad[4]
-    *gradients, score_gradient = _score_sums_backward(
-        sums_gradient, query, key, coefficients, ctx.scale, bias, with_scores
+    *gradients, scores, vertical, horizontal = _score_sums_backward(
+        sums_gradient, query, key, coefficients, ctx.scale, bias, *others, with_scores
     )
-    bias_gradient = score_gradient.sum_to_size(bias.shape).to(bias.dtype) if with_scores else None
-    return *gradients, None, bias_gradient
+    bias_gradient = scores.sum_to_size(bias.shape).to(bias.dtype) if with_scores else None
+    vertical, horizontal = (vertical, horizontal) if ctx.needs_input_grad[5] else (None, None)
+    return *gradients, None, bias_gradient, vertical, horizontal, None
 
 
 _score_sums.register_autograd(_backward, setup_context=_save_inputs)
 
 
-def _empty_gradients(query, key, coefficients, with_scores):
+def _empty_gradients(query, key, coefficients, vertical, horizontal, with_scores):
     gradients = [tensor.new_empty(tensor.shape) for tensor in (query, key, coefficients)]
     scores_shape = (*query.shape[:-1], query.shape[-2]) if with_scores else (0,)
-    return *gradients, query.new_empty(scores_shape, dtype=torch.float32)
+    gradients.append(query.new_empty(scores_shape, dtype=torch.float32))
+    for term in (vertical, horizontal):
+        gradients.append(query.new_empty((0,) if term is None else term.shape, dtype=torch.float32))
+    return tuple(gradients)
 
 
-def _inputs(query, key, coefficients, scale, bias):
+def _inputs(query, key, coefficients, scale, bias, vertical, horizontal, mask):
     """The arguments that all kernels begin with: the tensors with one batch dimension, their strides and sizes."""
     *batch, heads, num_tokens, width = query.shape
     query = query.reshape(math.prod(batch), heads, num_tokens, width)
     key = key.reshape(query.shape)
-    bias_strides, bias_inner = None, None
-    if bias is not None:
-        # Batch may have two dimensions, images and windows, of which the bias has one. Its strides then tell the two
-        # apart, so that it is not copied along the other.
-        bias_inner = batch[-1] if batch else 1
-        bias = bias.expand(*batch, heads, num_tokens, num_tokens)
-        bias = bias.reshape(math.prod(batch[:-1]), bias_inner, heads, num_tokens, num_tokens)
-        bias_strides = bias.stride()
+    # Batch may have two dimensions, images and windows, of which a bias or mask has one. Its strides then tell the two
+    # apart, so that it is not copied along the other.
+    inner_size = batch[-1] if batch else 1
+
+    def expanded(tensor):
+        if tensor is None:
+            return None, None
+        tensor = tensor.expand(*batch, heads, num_tokens, num_tokens)
+        tensor = tensor.reshape(math.prod(batch[:-1]), inner_size, heads, num_tokens, num_tokens)
+        return tensor, tensor.stride()
+
+    mask = None if mask is None else mask.view(torch.uint8)
+    height, columns = (1 if term is None else term.shape[-1] for term in (vertical, horizontal))
     grid_size, rank = coefficients.shape[2], coefficients.shape[4]
     coefficients = coefficients.to(query.dtype).contiguous()
     return (
-        query, query.stride(), key, key.stride(), coefficients, bias, bias_strides, bias_inner, scale,
+        query, query.stride(), key, key.stride(), coefficients, inner_size, *expanded(bias), vertical, horizontal,
+        height, columns, *expanded(mask), scale,
         heads, num_tokens, width, triton.next_power_of_2(width), grid_size, rank,
     )  # fmt: skip
 

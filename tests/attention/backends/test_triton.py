@@ -97,6 +97,39 @@ def test_sums_and_gradients_are_the_plain_ones_for_any_sizes(interpreted, data):
     assert_like_plain(make_inputs(batch, heads, num_tokens, width, grid_size, rank), tolerance=5e-6)
 
 
+def everything(query, key, coefficients, scale, bias, vertical, horizontal, mask):
+    """The equation with the terms of a grid written out key by key, and a mask."""
+    width = horizontal.shape[-1]
+    terms = [vertical[..., q // width] + horizontal[..., q % width] for q in range(key.shape[-2])]
+    scores = scale * query @ key.mT + bias + torch.stack(terms, dim=-1)
+    return sum(
+        (wave(m * scores) * mask) @ coefficients[:, part, m - 1]
+        for m in range(1, coefficients.shape[2] + 1)
+        for part, wave in enumerate((torch.cos, torch.sin))
+    )
+
+
+@pytest.mark.parametrize("mask_shape", [(2, 1, 42, 42), (2, 42, 42), (1, 42)], ids=str)
+@pytest.mark.parametrize("grid", [(6, 7), (21, 2)], ids=str)
+def test_terms_of_a_grid_and_masks_are_in_the_kernels(interpreted, grid, mask_shape):
+    query, key, coefficients, bias = make_inputs((2,), 2, 42, 20, 2, 5, (42, 42))
+    terms = [torch.randn(2, 2, 42, side, requires_grad=True) for side in grid]
+    mask = torch.rand(mask_shape) < 0.6
+    leaves = [query, key, coefficients, bias, *terms]
+    sums = kernels.fourier_sums(*leaves[:3], 0.3, Bias(*leaves[3:]), mask)
+    gradient = torch.randn(sums.shape)
+    gradients = torch.autograd.grad(sums, leaves, gradient)
+    exact_leaves = [x.detach().double().requires_grad_() for x in leaves]
+    exact_sums = everything(*exact_leaves[:3], 0.3, *exact_leaves[3:], mask)
+    exact_gradients = torch.autograd.grad(exact_sums, exact_leaves, gradient.double())
+    for actual, exact in zip([sums, *gradients], [exact_sums, *exact_gradients], strict=True):
+        assert actual.shape == exact.shape
+        assert (actual - exact).abs().max() <= 2e-6 * exact.abs().max()
+    tests = "test_schema", "test_faketensor"
+    inputs = query[..., :16], key[..., :16], torch.randn(2, 2, 1, 42, 16), 0.3, None, *terms, mask
+    torch.library.opcheck(kernels._score_sums, inputs, test_utils=tests)
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
 def test_narrow_inputs_round_the_factors_of_products_only(interpreted, dtype, tolerance):
     """Scores reach 36 here: in bfloat16 they, and their phases, would be wrong by up to 0.125."""
@@ -147,7 +180,7 @@ def test_nothing_of_n_squared_is_kept_or_made(interpreted, monkeypatch):
 @pytest.mark.parametrize("bias_shape", [None, (1, 17, 17)])
 def test_it_is_a_well_formed_operator(interpreted, bias_shape):
     query, key, coefficients, bias = make_inputs((2,), 1, 17, 16, 1, 16, bias_shape)
-    torch.library.opcheck(kernels._score_sums, (query, key, coefficients, 0.3, bias))
+    torch.library.opcheck(kernels._score_sums, (query, key, coefficients, 0.3, bias, None, None, None))
 
 
 def test_compile_meets_no_graph_break(interpreted):
@@ -171,7 +204,7 @@ class CompileOnly:
         return lambda *args, **options: self.compiled.append(self.kernel.warmup(*args, grid=programs, **options))
 
 
-def compile_kernels(monkeypatch, capability, inputs, scale):
+def compile_kernels(monkeypatch, capability, inputs, scale, terms=()):
     """The kernels of a forward and backward pass, compiled for GPUs of a compute capability, as 86 for 8.6."""
     target = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", capability, 32),
@@ -183,30 +216,30 @@ def compile_kernels(monkeypatch, capability, inputs, scale):
     for name in LAUNCHED:
         monkeypatch.setattr(kernels, name, CompileOnly(getattr(kernels, name), compiled))
     query, key, coefficients, bias = inputs
-    kernels.fourier_sums(query, key, coefficients, scale, Bias(bias)).sum().backward()
+    kernels.fourier_sums(query, key, coefficients, scale, Bias(bias, *terms)).sum().backward()
     assert [kernel.metadata.name for kernel in compiled] == list(LAUNCHED)
     return compiled
 
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
-    "num_tokens, width, grid_size, dtype, has_bias",
+    "num_tokens, width, grid_size, dtype, bias",
     [
-        (196, 64, 1, torch.bfloat16, False),
-        (196, 64, 3, torch.bfloat16, False),
-        # With relative positions query and key are float32.
-        (196, 64 + 14 + 14, 1, torch.float32, False),
-        (196, 64 + 14 + 14, 3, torch.float32, False),
-        # Relative positions of a map of 64 × 64, in as few tokens as show the same.
-        (256, 64 + 64 + 64, 1, torch.float32, False),
-        (49, 32, 1, torch.bfloat16, True),
+        (196, 64, 1, torch.bfloat16, None),
+        (196, 64, 3, torch.bfloat16, None),
+        (196, 64, 1, torch.bfloat16, (14, 14)),
+        (196, 64, 3, torch.float32, (14, 14)),
+        (4096, 64, 1, torch.bfloat16, (64, 64)),
+        (49, 32, 1, torch.bfloat16, "full"),
     ],
 )
-def test_kernels_compile_for_gpus(monkeypatch, tmp_path, capability, num_tokens, width, grid_size, dtype, has_bias):
+def test_kernels_compile_for_gpus(monkeypatch, tmp_path, capability, num_tokens, width, grid_size, dtype, bias):
     """As launched at the sizes of ViT-Base and of Swin, with the compiler and assembler that Triton ships."""
-    bias_shape = (12, num_tokens, num_tokens) if has_bias else None
-    inputs = make_inputs((8,), 12, num_tokens, width, grid_size, 12, bias_shape, dtype)
-    compiled = compile_kernels(monkeypatch, capability, inputs, width**-0.5)
+    bias_shape = (12, num_tokens, num_tokens) if bias == "full" else None
+    inputs = make_inputs((1,), 12, num_tokens, width, grid_size, 12, bias_shape, dtype)
+    grid = bias if isinstance(bias, tuple) else ()
+    terms = [torch.randn(1, 12, num_tokens, side, requires_grad=True) for side in grid]
+    compiled = compile_kernels(monkeypatch, capability, inputs, width**-0.5, terms)
 
     for kernel in compiled:
         code = kernel.asm["cubin"]
@@ -220,11 +253,8 @@ def test_kernels_compile_for_gpus(monkeypatch, tmp_path, capability, num_tokens,
             f"{registers} registers and {spilled} bytes of spills a thread, {kernel.metadata.shared / 1024:.0f} KiB "
             f"shared memory, {len(code) / 1024:.0f} KiB of machine code"
         )
-        # At three frequencies and 92 channels the gradients of the coefficients, which stay in registers all the while,
-        # drive out a few other values: less than a twentieth of the instructions go there.
-        # More than 128 channels are as many as 256 for the products, which drives out some too.
-        may_spill = kernel.metadata.name == "_key_gradient_kernel" and grid_size > 1 and width > 64
-        assert spilled <= (400 if width > 128 else 200 if may_spill else 0)
+        # The sums along rows and columns of a grid stay in registers too, and drive out some other values.
+        assert spilled <= (450 if grid else 0)
         assert kernel.metadata.shared <= SMALLEST_SHARED_MEMORY
         assert len(code) < 200 * 1024
 
