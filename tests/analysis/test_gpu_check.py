@@ -108,9 +108,9 @@ def test_a_check_prints_as_it_goes_and_writes_its_table(tmp_path, monkeypatch, c
     assert not passed
     assert (tmp_path / "new" / "folder" / "table.md").read_text() == report
     assert report.startswith("GPU check of karat_det on no GPU, PyTorch ")
-    assert "5 rows: 4 pass, 1 **fail**, 0 skipped." in report
+    assert "5 rows: 3 pass, 1 **fail**, 1 skipped." in report
     printed = capsys.readouterr().out
-    assert " s: pass: errors: N = 6, G = 1, float32, mask: plain PyTorch" in printed
+    assert " s: skipped: errors: N = 6, G = 1, float32, mask: plain PyTorch" in printed
     assert " s: **fail**: wrong: TypeError" in printed
     names = {path.name for path in (tmp_path / "new" / "folder").iterdir()}
     assert names == {"table.md", "errors.log", "wrong.txt"}
