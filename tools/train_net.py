@@ -14,7 +14,7 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from karat_det.checkpoint.loading import SafeCheckpointer, check_weights_file
-from karat_det.data.registration import load_checked_test_dicts
+from karat_det.data.dataset_check import load_checked_test_dicts
 from karat_det.engine.full_disk import full_disk_named, start_log
 from karat_det.engine.output_dir import begin, claims
 from karat_det.engine.processes import goes_on, run_distributed, take_folder

@@ -22,8 +22,8 @@ from karat_det.analysis.predictions import (
     predict,
 )
 from karat_det.checkpoint.loading import check_weights_file, load_weights
+from karat_det.data.dataset_check import load_checked_test_dicts, num_classes
 from karat_det.data.mapper import build_mapper
-from karat_det.data.registration import load_checked_test_dicts, num_classes
 from karat_det.engine.setup import load_cfg, parse_command
 
 

@@ -12,7 +12,8 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 
 from ..config import add_karat_config
-from ..data.registration import check_datasets, register_from_config
+from ..data.dataset_check import check_datasets
+from ..data.registration import register_from_config
 from ..yaml_file import read_config
 from .checks import check_detector_config
 from .config_values import merge_values

@@ -20,8 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint.loading import SafeCheckpointer
 from ..checkpoint.run_folder import clear_partial, end_metrics, first_not_finite
+from ..data.dataset_check import load_checked_dicts
 from ..data.mapper import MappedImages, build_mapper
-from ..data.registration import load_checked_dicts
 from ..evaluation.coco import FasterCOCOEvaluator
 from . import signals
 from .divergence import Divergence

@@ -95,3 +95,12 @@ def name_data():
         cfg.KARAT_DATA.IMAGE_DIRS = [str(each.image_dir) for each in data.values()]
 
     return name
+
+
+@pytest.fixture
+def own_cfg(cfg, own, name_data):
+    """A config that trains and tests on the own data, which is registered when the dataset is loaded."""
+    name_data(cfg, my_train=own)
+    cfg.DATASETS.TRAIN = ("my_train",)
+    cfg.DATASETS.TEST = ("my_train",)
+    return cfg
