@@ -14,7 +14,7 @@ import karat_det  # noqa: F401  before Detectron2, whose imports warn of their o
 from detectron2.modeling import build_model
 from detectron2.utils.logger import setup_logger
 
-from karat_det.analysis.predictions import (
+from karat_det.analysis.visualization import (
     FailedImagesError,
     dataset_classes,
     image_records,

@@ -1,4 +1,4 @@
-"""karat_det.analysis.predictions: what is drawn, under which name, and what the errors say."""
+"""karat_det.analysis.visualization: what is drawn, under which name, and what the errors say."""
 
 import errno
 import json
@@ -15,8 +15,8 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 from torch import nn
 
-from karat_det.analysis import predictions
-from karat_det.analysis.predictions import (
+from karat_det.analysis import visualization
+from karat_det.analysis.visualization import (
     Classes,
     FailedImagesError,
     dataset_classes,
@@ -213,14 +213,14 @@ def test_json_holds_all_predictions_with_category_ids_and_drawings_only_the_best
 
 
 def fail_drawing(monkeypatch):
-    draw = predictions.draw_predictions
+    draw = visualization.draw_predictions
 
     def draw_but_one(image, *arguments):
         if image[0, 0, 0] == 7:
             raise MemoryError("no room")
         return draw(image, *arguments)
 
-    monkeypatch.setattr(predictions, "draw_predictions", draw_but_one)
+    monkeypatch.setattr(visualization, "draw_predictions", draw_but_one)
 
 
 def test_an_image_that_fails_is_named_and_costs_no_other(tmp_path, caplog, monkeypatch):
@@ -265,7 +265,7 @@ def test_a_full_disk_ends_the_command(folders, tmp_path, monkeypatch):
 @pytest.mark.parametrize("size", [(10, 65_600), (65_600, 10), (1, 40_000), (1, 1), (700, 500)])
 @pytest.mark.parametrize("ground_truth", [False, True])
 def test_images_of_any_size_are_drawn_and_saved(tmp_path, monkeypatch, size, ground_truth):
-    monkeypatch.setattr(predictions, "MAX_AREA", 320_000)
+    monkeypatch.setattr(visualization, "MAX_AREA", 320_000)
     height, width = size
     Image.fromarray(gray(height, width)).save(tmp_path / "long.png")
     box = [width // 4, height // 4, max(1, width // 2), max(1, height // 2)]
