@@ -213,8 +213,7 @@ def check_compiled_attention(
     attention = KArAtAttention(
         num_heads * head_dim,
         num_heads,
-        grid[0] * grid[1],
-        KArAtConfig(grid_size=3),
+        KArAtOperator(num_heads, grid[0] * grid[1], KArAtConfig(grid_size=3)),
         use_rel_pos=True,
         rel_pos_zero_init=False,
         input_size=grid,

@@ -4,11 +4,12 @@ Takes the place of Detectron2's `modeling.backbone.vit.Attention` and of timm's 
 parameter names, so that their checkpoints load by name: `qkv`, `proj`, `rel_pos_h`, `rel_pos_w`.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from .bias import Bias
-from .config import KArAtConfig
 from .operator import KArAtOperator, at_least_float32
 
 
@@ -18,39 +19,42 @@ class KArAtAttention(nn.Module):
     Args:
         dim: number of channels C.
         num_heads: number of heads; must divide dim.
-        num_tokens: N, the number of tokens that attend to each other.
-        config: see KArAtConfig.
+        operator: takes the place of softmax, for as many heads; its num_tokens is N, the number of tokens that attend
+            to each other.
+        shares_operator: whether other attentions have the same operator. It is then used but not registered here, so
+            that whoever shares it must register it, once.
         qkv_bias: whether query, key and value have a bias.
         use_rel_pos: whether decomposed relative positions are added to the scores (section 4 of MViTv2,
             arXiv 2112.01526, as in Detectron2).
         rel_pos_zero_init: whether these start at zero; else from a truncated normal of deviation 0.02.
-        input_size: (H, W) of the token grid, H · W = num_tokens, or less where the first tokens are none of the grid;
-            needed for relative positions, where all are, and by whoever resamples the operator to another grid.
+        input_size: (H, W) of the token grid, H · W = N, or less where the first tokens are none of the grid; needed
+            for relative positions, where all are, and by whoever resamples the operator to another grid.
         proj_drop: dropout after the output projection.
-        operator: one that this module shares with others (`sharing="universal"`). It is used but not registered here,
-            so whoever shares it must register it once. None makes one that belongs to this module.
 
     Raises:
-        ValueError: sizes do not fit each other.
+        ValueError: sizes do not fit each other, or the operator is of another number of heads or tokens.
     """
 
     def __init__(
         self,
         dim: int,
         num_heads: int,
-        num_tokens: int,
-        config: KArAtConfig,
+        operator: KArAtOperator,
         *,
+        shares_operator: bool = False,
         qkv_bias: bool = True,
         use_rel_pos: bool = False,
         rel_pos_zero_init: bool = True,
         input_size: tuple[int, int] | None = None,
         proj_drop: float = 0.0,
-        operator: KArAtOperator | None = None,
     ):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"num_heads is {num_heads}, which does not divide dim, {dim}.")
+        if use_rel_pos and input_size is None:
+            raise ValueError("input_size is None. With use_rel_pos it must be the (H, W) of the token grid.")
+        area = math.prod(input_size or ())
+        check_operator(operator, num_heads, area if use_rel_pos else max(area, operator.num_tokens))
         self.num_heads = num_heads
         self.input_size = input_size
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
@@ -59,11 +63,6 @@ class KArAtAttention(nn.Module):
 
         self.use_rel_pos = use_rel_pos
         if use_rel_pos:
-            if input_size is None or input_size[0] * input_size[1] != num_tokens:
-                raise ValueError(
-                    f"input_size is {input_size}. With use_rel_pos it must be the (H, W) of a grid of "
-                    f"{num_tokens} tokens."
-                )
             head_dim = dim // num_heads
             self.rel_pos_h = nn.Parameter(torch.zeros(2 * input_size[0] - 1, head_dim))
             self.rel_pos_w = nn.Parameter(torch.zeros(2 * input_size[1] - 1, head_dim))
@@ -71,17 +70,11 @@ class KArAtAttention(nn.Module):
                 nn.init.trunc_normal_(self.rel_pos_h, std=0.02)
                 nn.init.trunc_normal_(self.rel_pos_w, std=0.02)
 
-        if operator is None:
-            self.operator = KArAtOperator(num_heads, num_tokens, config)
-        else:
-            if (operator.num_heads, operator.num_tokens) != (num_heads, num_tokens):
-                raise ValueError(
-                    f"The shared operator has {operator.num_heads} heads and N = {operator.num_tokens} tokens, this "
-                    f"attention {num_heads} heads and N = {num_tokens}. Attentions that share an operator must have "
-                    "the same of both."
-                )
+        if shares_operator:
             # nn.Module.__setattr__ would register it, and the state dict would hold it once for every block.
             object.__setattr__(self, "operator", operator)
+        else:
+            self.operator = operator
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """
@@ -108,6 +101,15 @@ class KArAtAttention(nn.Module):
         positions = rel_pos_terms(query, self.rel_pos_h, self.rel_pos_w) if self.use_rel_pos else ()
         attended = self.operator.attend(query, key, value, Bias(attn_mask, *positions))  # (B, heads, N, d)
         return self.proj_drop(self.proj(attended.transpose(1, 2).reshape(x.shape)))
+
+
+def check_operator(operator: KArAtOperator, num_heads: int, num_tokens: int) -> None:
+    """Raises ValueError unless an operator is for so many heads and tokens."""
+    if (operator.num_heads, operator.num_tokens) != (num_heads, num_tokens):
+        raise ValueError(
+            f"operator is for {operator.num_heads} heads and N = {operator.num_tokens} tokens, but this attention has "
+            f"{num_heads} heads and N = {num_tokens}. Give it a KArAtOperator({num_heads}, {num_tokens}, config)."
+        )
 
 
 def rel_pos_terms(query: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> tuple[Tensor, Tensor]:

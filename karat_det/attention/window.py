@@ -13,8 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .config import KArAtConfig
-from .module import KArAtAttention
+from .module import KArAtAttention, check_operator
 from .operator import KArAtOperator
 
 
@@ -49,16 +48,20 @@ class KArAtWindowAttention(nn.Module):
     Args:
         softmax: the `WindowAttention` of either. Its `relative_position_bias_table`, `relative_position_index`, `qkv`
             and `proj` become this one's.
+        operator: for as many heads, and for the tokens of a window.
         shift_size: by how many tokens the windows are shifted.
-        config: see KArAtConfig.
 
     Attributes:
         map_size: (H, W) of the feature map, in tokens, without padding; to be set before `forward`. None: no window
             has padding, and `forward` goes by its mask.
+
+    Raises:
+        ValueError: the operator is of another number of heads or tokens.
     """
 
-    def __init__(self, softmax: nn.Module, shift_size: int, config: KArAtConfig):
+    def __init__(self, softmax: nn.Module, operator: KArAtOperator, shift_size: int = 0):
         super().__init__()
+        check_operator(operator, softmax.num_heads, math.prod(softmax.window_size))
         self.window_size = softmax.window_size
         self.shift_size = shift_size
         self.num_heads = softmax.num_heads
@@ -69,7 +72,7 @@ class KArAtWindowAttention(nn.Module):
         self.register_buffer("relative_position_index", softmax.relative_position_index, persistent)
         self.qkv = softmax.qkv
         self.proj = softmax.proj
-        self.operator = KArAtOperator(self.num_heads, math.prod(self.window_size), config)
+        self.operator = operator
         self.map_size: tuple[int, int] | None = None
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:

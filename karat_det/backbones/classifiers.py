@@ -95,19 +95,19 @@ def _replace_attention(model: nn.Module, cfg: CfgNode) -> None:
         shared = model.operator = KArAtOperator(num_heads, num_tokens, config)
     for block in chosen:
         if is_swin:
-            attention = KArAtWindowAttention(block.attn, block.shift_size[0], config)
+            operator = KArAtOperator(block.attn.num_heads, block.window_area, config)
+            attention = KArAtWindowAttention(block.attn, operator, block.shift_size[0])
             attention.map_size = block.input_resolution
         else:
             qkv = block.attn.qkv
             attention = KArAtAttention(
                 qkv.in_features,
                 num_heads,
-                num_tokens,
-                config,
+                shared or KArAtOperator(num_heads, num_tokens, config),
+                shares_operator=shared is not None,
                 qkv_bias=qkv.bias is not None,
                 # The other tokens, for a class or as registers, stand before these.
                 input_size=model.patch_embed.grid_size,
-                operator=shared,
             )
             # The linear layers keep the weights that timm drew, so that one seed starts KArAt and softmax alike.
             attention.qkv, attention.proj = qkv, block.attn.proj

@@ -15,6 +15,7 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool
 from detectron2.modeling.backbone.swin import SwinTransformer, SwinTransformerBlock
 
+from ..attention.operator import KArAtOperator
 from ..attention.window import KArAtWindowAttention
 from ..config import karat_config
 from .levels import check_levels
@@ -103,7 +104,8 @@ def _replace_attention(net: SwinTransformer, cfg: CfgNode) -> None:
             f"that gets KArAt (MODEL.SWIN.NUM_HEADS {swin.NUM_HEADS}). It must be from 1 to {fewest}, or None for all."
         )
     for block in chosen:
-        block.attn = KArAtWindowAttention(block.attn, block.shift_size, config)
+        operator = KArAtOperator(block.num_heads, num_tokens, config)
+        block.attn = KArAtWindowAttention(block.attn, operator, block.shift_size)
         block.register_forward_pre_hook(_pass_map_size)
 
 

@@ -173,12 +173,11 @@ def _replace_attention(net: ViT, cfg: CfgNode) -> None:
         attention = attention_type(
             vit.EMBED_DIM,
             vit.NUM_HEADS,
-            math.prod(grid),
-            config,
+            shared or KArAtOperator(vit.NUM_HEADS, math.prod(grid), config),
+            shares_operator=shared is not None,
             qkv_bias=vit.QKV_BIAS,
             use_rel_pos=vit.USE_REL_POS,
             input_size=grid,
-            operator=shared,
         )
         # The linear layers keep the weights that the ViT drew, so that one seed starts KArAt and softmax alike.
         attention.qkv, attention.proj = block.attn.qkv, block.attn.proj

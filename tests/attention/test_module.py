@@ -17,6 +17,12 @@ from karat_det.attention.module import rel_pos_terms
 SOFTMAX = KArAtConfig(rank=2, residual="softmax")
 
 
+def on_grid(**fields):
+    """An attention of 2 × 3 tokens with relative positions."""
+    operator = KArAtOperator(2, 6, KArAtConfig(**{"rank": 2, **fields}))
+    return KArAtAttention(8, 2, operator, use_rel_pos=True, input_size=(2, 3))
+
+
 def test_attention_imports_torch_and_nothing_else_but_triton_in_its_back_end():
     folder = Path(karat_det.attention.__file__).parent
     for path in folder.rglob("*.py"):
@@ -33,7 +39,7 @@ def test_attention_imports_torch_and_nothing_else_but_triton_in_its_back_end():
 def test_equals_detectron2s_attention_with_its_weights(use_rel_pos):
     torch.manual_seed(0)
     theirs = Detectron2Attention(24, num_heads=3, use_rel_pos=use_rel_pos, rel_pos_zero_init=False, input_size=(3, 5))
-    ours = KArAtAttention(24, 3, 15, SOFTMAX, use_rel_pos=use_rel_pos, input_size=(3, 5))
+    ours = KArAtAttention(24, 3, KArAtOperator(3, 15, SOFTMAX), use_rel_pos=use_rel_pos, input_size=(3, 5))
     incompatible = ours.load_state_dict(theirs.state_dict(), strict=False)
     assert not incompatible.unexpected_keys
     assert incompatible.missing_keys == ["operator.coefficients", "operator.projector"]
@@ -46,7 +52,7 @@ def test_equals_timms_attention_in_a_timm_block():
     block = timm.models.vision_transformer.Block(24, num_heads=3, qkv_bias=True)
     x = torch.randn(2, 17, 24)
     expected = block(x)
-    replacement = KArAtAttention(24, 3, 17, SOFTMAX)
+    replacement = KArAtAttention(24, 3, KArAtOperator(3, 17, SOFTMAX))
     replacement.load_state_dict(block.attn.state_dict(), strict=False)
     block.attn = replacement
     torch.testing.assert_close(block(x), expected)
@@ -57,7 +63,7 @@ def test_equals_timms_attention_in_a_timm_block():
 
 
 def test_what_softmax_alone_can_do_is_refused():
-    attention = KArAtAttention(8, 2, 4, KArAtConfig(rank=2))
+    attention = KArAtAttention(8, 2, KArAtOperator(2, 4, KArAtConfig(rank=2)))
     with pytest.raises(ValueError, match="is_causal is True"):
         attention(torch.zeros(1, 4, 8), is_causal=True)
 
@@ -77,7 +83,7 @@ def test_relative_positions_equal_detectron2s(grid):
 
 
 def test_relative_positions_learn():
-    attention = KArAtAttention(8, 2, 6, KArAtConfig(rank=2), use_rel_pos=True, input_size=(2, 3))
+    attention = on_grid()
     attention(torch.randn(1, 2, 3, 8)).square().sum().backward()
     assert attention.rel_pos_h.grad.abs().sum() > 0
     assert attention.rel_pos_w.grad.abs().sum() > 0
@@ -85,7 +91,7 @@ def test_relative_positions_learn():
 
 @pytest.mark.parametrize("fields", [{}, {"residual": "softmax"}, {"basis": "dog"}], ids=str)
 def test_an_empty_batch_gives_nothing_and_no_gradients(fields):
-    attention = KArAtAttention(8, 2, 6, KArAtConfig(rank=2, **fields), use_rel_pos=True, input_size=(2, 3))
+    attention = on_grid(**fields)
     x = torch.randn(0, 2, 3, 8, requires_grad=True)
     attention(x).sum().backward()
     assert x.grad.shape == x.shape
@@ -93,7 +99,7 @@ def test_an_empty_batch_gives_nothing_and_no_gradients(fields):
 
 
 def test_a_model_of_half_precision_has_relative_positions_too():
-    attention = KArAtAttention(8, 2, 6, KArAtConfig(rank=2), use_rel_pos=True, input_size=(2, 3)).bfloat16()
+    attention = on_grid().bfloat16()
     x = torch.randn(1, 2, 3, 8)
     output = attention(x.bfloat16())
     assert output.dtype == torch.bfloat16
@@ -103,9 +109,7 @@ def test_a_model_of_half_precision_has_relative_positions_too():
 def test_shared_operator_is_one_module_registered_by_its_owner_alone():
     owner = torch.nn.Module()
     owner.operator = KArAtOperator(2, 4, KArAtConfig(rank=2))
-    owner.blocks = torch.nn.ModuleList(
-        KArAtAttention(8, 2, 4, KArAtConfig(rank=2), operator=owner.operator) for _ in range(3)
-    )
+    owner.blocks = torch.nn.ModuleList(KArAtAttention(8, 2, owner.operator, shares_operator=True) for _ in range(3))
     assert all(block.operator is owner.operator for block in owner.blocks)
     assert [key for key in owner.state_dict() if "coefficients" in key] == ["operator.coefficients"]
     assert sum("projector" in name for name, _ in owner.named_parameters(remove_duplicate=False)) == 1
@@ -115,17 +119,23 @@ def test_shared_operator_is_one_module_registered_by_its_owner_alone():
 
 
 def test_sizes_that_do_not_fit_are_refused():
+    operator = KArAtOperator(2, 4, KArAtConfig(rank=2))
     with pytest.raises(ValueError, match="num_heads is 3, which does not divide dim, 8"):
-        KArAtAttention(8, 3, 4, KArAtConfig(rank=2))
-    with pytest.raises(ValueError, match=r"input_size is \(2, 3\)"):
-        KArAtAttention(8, 2, 4, KArAtConfig(rank=2), use_rel_pos=True, input_size=(2, 3))
-    with pytest.raises(ValueError, match="must have the same of both"):
-        KArAtAttention(8, 2, 4, KArAtConfig(rank=2), operator=KArAtOperator(2, 9, KArAtConfig(rank=2)))
+        KArAtAttention(8, 3, operator)
+    message = r"operator is for 2 heads and N = 4 tokens, .* {0} heads and N = {1}\. Give it a KArAtOperator\({0}, {1}"
+    with pytest.raises(ValueError, match=message.format(4, 4)):
+        KArAtAttention(8, 4, operator)
+    for arguments in ({"use_rel_pos": True, "input_size": (2, 3)}, {"input_size": (3, 2)}):
+        with pytest.raises(ValueError, match=message.format(2, 6)):
+            KArAtAttention(8, 2, operator, **arguments)
+    with pytest.raises(ValueError, match="N = 3"):  # relative positions are of all tokens
+        KArAtAttention(8, 2, operator, use_rel_pos=True, input_size=(3, 1))
+    with pytest.raises(ValueError, match=r"input_size is None. With use_rel_pos it must be the \(H, W\)"):
+        KArAtAttention(8, 2, operator, use_rel_pos=True)
     with pytest.raises(ValueError, match="N = 4 tokens and got 9"):
-        KArAtAttention(8, 2, 4, KArAtConfig(rank=2))(torch.zeros(1, 9, 8))
-    on_grid = KArAtAttention(8, 2, 4, KArAtConfig(rank=2), use_rel_pos=True, input_size=(2, 2))
-    with pytest.raises(ValueError, match=r"N = 4 tokens and got 12.*MODEL.VIT.IMG_SIZE"):
-        on_grid(torch.zeros(1, 3, 4, 8))
+        KArAtAttention(8, 2, operator, input_size=(3, 1))(torch.zeros(1, 9, 8))
+    with pytest.raises(ValueError, match=r"N = 6 tokens and got 12.*MODEL.VIT.IMG_SIZE"):
+        on_grid()(torch.zeros(1, 3, 4, 8))
 
 
 @pytest.mark.parametrize(
@@ -141,7 +151,7 @@ def test_sizes_that_do_not_fit_are_refused():
 def test_attention_compiles_without_a_graph_break_to_the_same_outputs_and_gradients(fields):
     torch.manual_seed(3)
     torch.compiler.reset()
-    attention = KArAtAttention(8, 2, 6, KArAtConfig(**{"rank": 2, **fields}), use_rel_pos=True, input_size=(2, 3))
+    attention = on_grid(**fields)
     with torch.no_grad():
         for parameter in attention.parameters():
             parameter += 0.1 * torch.randn_like(parameter)

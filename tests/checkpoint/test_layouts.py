@@ -13,7 +13,7 @@ from timm.models.convit import ConVit
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
-from karat_det.attention import KArAtAttention, KArAtConfig
+from karat_det.attention import KArAtAttention, KArAtConfig, KArAtOperator
 from karat_det.checkpoint.layouts import convert_state
 from karat_det.checkpoint.loading import load_weights
 from karat_det.engine.setup import load_cfg
@@ -271,7 +271,7 @@ def test_karat_weights_do_not_start_a_softmax_model(configs, tmp_path):
 def test_operators_of_a_classifier_lose_the_class_token(configs, tmp_path, caplog):
     source = VisionTransformer(**SIZE, num_classes=5)
     for block in source.blocks:
-        block.attn = KArAtAttention(12, 2, 17, KArAtConfig(grid_size=1, rank=3))
+        block.attn = KArAtAttention(12, 2, KArAtOperator(2, 17, KArAtConfig(grid_size=1, rank=3)))
     model = build(configs, VIT, KARAT__ENABLED=True, KARAT__SHARING="blockwise")
     with caplog.at_level(logging.INFO):
         load_weights(model, save(tmp_path, randomise(source).state_dict()), complete=False)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from karat_det.attention import KArAtAttention, KArAtConfig
+from karat_det.attention import KArAtAttention, KArAtConfig, KArAtOperator
 from karat_det.checkpoint.files import read_weights, write_weights
 from karat_det.checkpoint.loading import SafeCheckpointer, load_weights
 
@@ -172,7 +172,7 @@ def test_operators_that_are_other_functions_of_the_same_tensors_stop_the_run(tmp
     basis = {"basis": "morlet"} if "basis" in fields else {}
 
     def model(**fields):
-        return nn.ModuleDict({"attn": KArAtAttention(8, 2, 6, KArAtConfig(rank=2, **fields))})
+        return nn.ModuleDict({"attn": KArAtAttention(8, 2, KArAtOperator(2, 6, KArAtConfig(rank=2, **fields)))})
 
     SafeCheckpointer(model(**basis), str(tmp_path)).save("w")
     path = str(tmp_path / "w.pth")
@@ -194,7 +194,7 @@ def test_operators_that_are_other_functions_of_the_same_tensors_stop_the_run(tmp
 
 def test_splines_of_as_many_coefficients_but_other_intervals_stop_the_run(tmp_path):
     def model(**fields):
-        return nn.ModuleDict({"attn": KArAtAttention(8, 2, 6, KArAtConfig(rank=2, **fields))})
+        return nn.ModuleDict({"attn": KArAtAttention(8, 2, KArAtOperator(2, 6, KArAtConfig(rank=2, **fields)))})
 
     spline = {"basis": "bspline", "grid_size": 5, "spline_order": 3}
     SafeCheckpointer(model(**spline), str(tmp_path)).save("w")
