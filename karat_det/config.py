@@ -256,7 +256,8 @@ def _add_divergence(solver: CfgNode) -> None:
 
 def _add_operator(model: CfgNode) -> None:
     """Adds MODEL.KARAT, as detectors and classifiers have it, to MODEL."""
-    # The operator that replaces softmax. Each key is a field of karat_det.attention.config.KArAtConfig.
+    # The operator that replaces softmax, its keys being fields of karat_det.attention.config.KArAtConfig, and where it
+    # does: ENABLED, SHARING and BLOCKS.
     model.KARAT = type(model)()
     # False builds the softmax model, Detectron2's or timm's own, parameter for parameter: the baseline of every
     # comparison.
@@ -300,8 +301,17 @@ def image_size(cfg: CN) -> tuple[int, int]:
     return model.IMG_SIZE, model.IMG_WIDTH or model.IMG_SIZE
 
 
+def karat_sharing(cfg: CfgNode) -> str:
+    """MODEL.KARAT.SHARING, of either config. ValueError if it has a value that is not allowed."""
+    if cfg.MODEL.KARAT.SHARING not in ("blockwise", "universal"):
+        raise ValueError(
+            f"MODEL.KARAT.SHARING is {cfg.MODEL.KARAT.SHARING!r}, which is unknown. Known: blockwise, universal."
+        )
+    return cfg.MODEL.KARAT.SHARING
+
+
 def karat_config(cfg: CfgNode) -> KArAtConfig:
-    """Reads MODEL.KARAT, of either config; its keys are the upper-case names of KArAtConfig's fields.
+    """Reads the operator's config from MODEL.KARAT, of either config: its fields, in upper case, are keys there.
 
     Raises:
         ValueError: a key has a value that is not allowed.

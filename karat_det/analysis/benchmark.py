@@ -36,7 +36,7 @@ from torch.nn import functional as F
 
 from ..attention import Bias, KArAtConfig, KArAtOperator
 from ..attention.module import rel_pos_terms
-from ..config import image_size, karat_config
+from ..config import image_size
 from ..engine.optimizer import build_optimizer
 from ..engine.setup import load_cfg
 from ..engine.trainer import Step
@@ -465,7 +465,8 @@ def _describe(cfg: CfgNode, config_file: str, opts: Sequence[str], batch_size: i
     height, width = image_size(cfg)
     images = "1 image" if batch_size == 1 else f"{batch_size} images"
     overrides = f" with {' '.join(opts)}" if opts else ""
-    return f"{Path(config_file).name}{overrides} ({karat_config(cfg).shorthand}), {images} of {height} × {width}"
+    shorthand = f"G{cfg.MODEL.KARAT.GRID_SIZE}{cfg.MODEL.KARAT.SHARING[0].upper()}"
+    return f"{Path(config_file).name}{overrides} ({shorthand}), {images} of {height} × {width}"
 
 
 def _with_and_without(config_file: str, opts: Sequence[str], device: str) -> dict[str, CfgNode]:

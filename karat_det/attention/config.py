@@ -8,7 +8,6 @@ from .basis import BASE_FUNCTIONS, MOTHER_WAVELETS
 
 _CHOICES = {
     "basis": ("fourier", "bspline", "rational", *MOTHER_WAVELETS),
-    "sharing": ("blockwise", "universal"),
     "base_function": tuple(BASE_FUNCTIONS),
     "order": ("project_after", "project_before", "two_operators"),
     "projection": ("none", "simplex"),
@@ -27,7 +26,6 @@ class KArAtConfig:
         grid_size: G, at least 1: number of frequencies of "fourier", of intervals of "bspline".
         rank: rank r of the operator, from 1 to the number of tokens. None is full rank, Φ̂ alone with N×N functions:
             for small N.
-        sharing: "blockwise" gives each block of a network its own operator, "universal" gives all the same one.
         base_function: b(x), added to every function: "zero", "identity", "silu" or "gelu".
         order: "project_after", which is W Φ̂(A); "project_before", Φ̂(W A), with W r×N and N×r functions; or
             "two_operators", Φ̂₂(Φ̂₁(A)), without W.
@@ -53,7 +51,6 @@ class KArAtConfig:
     basis: str = "fourier"
     grid_size: int = 1
     rank: int | None = 12
-    sharing: str = "universal"
     base_function: str = "zero"
     order: str = "project_after"
     projection: str = "none"
@@ -96,27 +93,25 @@ class KArAtConfig:
                 "and a rank."
             )
 
-    @classmethod
-    def parse(cls, shorthand: str, **fields) -> "KArAtConfig":
-        """Reads the paper's shorthand: "G3B" is grid size 3, blockwise; "G1U" is grid size 1, universal.
 
-        Args:
-            shorthand: "G", the grid size, and "B" or "U".
-            fields: any other field of the config.
+def parse_shorthand(shorthand: str, **fields) -> tuple[KArAtConfig, str]:
+    """Reads the paper's shorthand: "G3B" is grid size 3, blockwise; "G1U" is grid size 1, universal.
 
-        Raises:
-            ValueError: the shorthand is not of that form, or a field is not allowed.
-        """
-        match = re.fullmatch(r"G(\d+)([BU])", shorthand)
-        if not match:
-            raise ValueError(
-                f"{shorthand!r} is no shorthand for a KArAt config. It is G, the grid size, and B for blockwise or "
-                "U for universal: for example G3B."
-            )
-        sharing = "blockwise" if match[2] == "B" else "universal"
-        return cls(grid_size=int(match[1]), sharing=sharing, **fields)
+    Args:
+        shorthand: "G", the grid size, and "B" or "U".
+        fields: any other field of the config.
 
-    @property
-    def shorthand(self) -> str:
-        """The paper's name for grid size and sharing, for example "G3B"."""
-        return f"G{self.grid_size}{self.sharing[0].upper()}"
+    Returns:
+        The operator's config, and "blockwise" or "universal": how the blocks of a network share operators, which is no
+        property of one.
+
+    Raises:
+        ValueError: the shorthand is not of that form, or a field is not allowed.
+    """
+    match = re.fullmatch(r"G(\d+)([BU])", shorthand)
+    if not match:
+        raise ValueError(
+            f"{shorthand!r} is no shorthand for a KArAt config. It is G, the grid size, and B for blockwise or "
+            "U for universal: for example G3B."
+        )
+    return KArAtConfig(grid_size=int(match[1]), **fields), "blockwise" if match[2] == "B" else "universal"

@@ -20,7 +20,7 @@ from torch import nn
 from ..attention.module import KArAtAttention
 from ..attention.operator import KArAtOperator
 from ..attention.window import KArAtWindowAttention
-from ..config import karat_config
+from ..config import karat_config, karat_sharing
 
 _FAMILIES = {VisionTransformer: "ViT", ConVit: "ConViT", SwinTransformer: "Swin"}
 # Keys of MODEL that set timm's argument of the same name. ConViT's depth and heads hang together with the number of its
@@ -91,7 +91,7 @@ def _replace_attention(model: nn.Module, cfg: CfgNode) -> None:
             + f" heads of a block. It must be from 1 to {num_heads}, or None for all."
         )
     shared = None
-    if config.sharing == "universal":
+    if karat_sharing(cfg) == "universal":
         shared = model.operator = KArAtOperator(num_heads, num_tokens, config)
     for block in chosen:
         if is_swin:

@@ -17,7 +17,7 @@ from detectron2.modeling.backbone.swin import SwinTransformer, SwinTransformerBl
 
 from ..attention.operator import KArAtOperator
 from ..attention.window import KArAtWindowAttention
-from ..config import karat_config
+from ..config import karat_config, karat_sharing
 from .levels import check_levels
 
 
@@ -77,7 +77,7 @@ def _replace_attention(net: SwinTransformer, cfg: CfgNode) -> None:
     """Puts KArAt in the place of softmax in every block that is to have it."""
     config = karat_config(cfg)
     swin = cfg.MODEL.SWIN
-    if config.sharing == "universal":
+    if karat_sharing(cfg) == "universal":
         raise ValueError(
             f"MODEL.KARAT.SHARING is universal, but the operators of Swin are blockwise only: they have functions for "
             f"each head and each of N tokens, and stages differ in these, here in {swin.NUM_HEADS} heads "

@@ -19,7 +19,7 @@ from detectron2.modeling.backbone.vit import Block, SimpleFeaturePyramid, ViT
 from ..attention.module import KArAtAttention
 from ..attention.operator import KArAtOperator
 from ..attention.window import KArAtPaddedWindowAttention
-from ..config import image_size, karat_config
+from ..config import image_size, karat_config, karat_sharing
 from .levels import check_levels
 
 GLOBAL_BLOCKS = ("operator", "softmax", "window")
@@ -141,10 +141,10 @@ class PaddingFeaturePyramid(SimpleFeaturePyramid):
 
 def _replace_attention(net: ViT, cfg: CfgNode) -> None:
     """Puts KArAt in the place of softmax in every block that is to have it."""
-    config = karat_config(cfg)
+    config, sharing = karat_config(cfg), karat_sharing(cfg)
     vit = cfg.MODEL.VIT
     grids = _karat_grids(cfg)
-    if config.sharing == "universal" and len(set(grids.values())) > 1:
+    if sharing == "universal" and len(set(grids.values())) > 1:
         window, image = (f"{rows} × {columns} = {rows * columns}" for rows, columns in _grids(cfg))
         raise ValueError(
             f"MODEL.KARAT.SHARING is universal, but N, the number of tokens that attend to each other, differs between "
@@ -165,7 +165,7 @@ def _replace_attention(net: ViT, cfg: CfgNode) -> None:
             f"must be from 1 to {vit.NUM_HEADS}, or None for all."
         )
     shared = None
-    if config.sharing == "universal":
+    if sharing == "universal":
         shared = net.operator = KArAtOperator(vit.NUM_HEADS, math.prod(next(iter(grids.values()))), config)
     for index, grid in grids.items():
         block = net.blocks[index]

@@ -1,7 +1,8 @@
 """Weights into models: safe reading, and an account of what was loaded that a user can check.
 
 What the files are is in files.py, in what names they have the weights in layouts.py. Those saved here hold under
-"token_grids" the grid of each operator's tokens too, and under "operator_config" the fields of their KArAtConfig.
+"token_grids" the grid of each operator's tokens too, and under "operator_config" the fields of their KArAtConfig and
+their "sharing".
 """
 
 import logging
@@ -17,7 +18,8 @@ from fvcore.common.checkpoint import Checkpointer
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from ..attention import KArAtOperator
+from ..attention import KArAtAttention, KArAtOperator
+from ..attention.window import KArAtWindowAttention
 from .files import check_weights, read_weights
 from .inspection import not_a_file
 from .layouts import HEAD, LAYOUTS, convert_state, copy_operator_to_blocks, required_tensors
@@ -360,8 +362,12 @@ def _lacking_parts(model: nn.Module, loaded: Collection[str], absent: Collection
 
 
 def _operator_config(model: nn.Module) -> dict[str, Any]:
-    """Fields of the config that all operators of a model have; {} if it has none."""
-    return next((asdict(operator.config) for operator in _operators(model).values()), {})
+    """Fields of the config that all operators of a model have, and their "sharing"; {} if it has none."""
+    for name, operator in _operators(model).items():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        is_own = isinstance(owner, KArAtAttention | KArAtWindowAttention)
+        return asdict(operator.config) | {"sharing": "blockwise" if is_own else "universal"}
+    return {}
 
 
 def _different_settings(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from plain import BASES, ORDERS, activation, simplex_point
 from scipy.optimize import minimize
 
-from karat_det.attention import Bias, KArAtConfig, KArAtOperator, backends
+from karat_det.attention import Bias, KArAtConfig, KArAtOperator, backends, parse_shorthand
 from karat_det.attention.backends import plain
 from karat_det.attention.operator import project_on_simplex
 
@@ -394,7 +394,6 @@ def test_phases_stay_float32_under_autocast(fields):
     ("fields", "message"),
     [
         ({"basis": "chebyshev"}, "basis is 'chebyshev', which is unknown. Known: fourier"),
-        ({"sharing": "G3B"}, "sharing is 'G3B', which is unknown. Known: blockwise, universal"),
         ({"base_function": "relu"}, "Known: zero, identity, silu, gelu"),
         ({"order": "before"}, "Known: project_after"),
         ({"residual": "linear"}, "Known: none, softmax"),
@@ -444,17 +443,16 @@ def test_more_karat_heads_than_heads_are_refused():
 
 
 @given(grid_size=st.integers(1, 99), letter=st.sampled_from("BU"))
-def test_shorthand_round_trips(grid_size, letter):
-    config = KArAtConfig.parse(f"G{grid_size}{letter}", rank=5)
-    assert config.shorthand == f"G{grid_size}{letter}"
-    assert (config.grid_size, config.rank) == (grid_size, 5)
-    assert config.sharing == {"B": "blockwise", "U": "universal"}[letter]
+def test_shorthand_names_the_operator_and_its_sharing(grid_size, letter):
+    config, sharing = parse_shorthand(f"G{grid_size}{letter}", rank=5)
+    assert config == KArAtConfig(grid_size=grid_size, rank=5)
+    assert sharing == {"B": "blockwise", "U": "universal"}[letter]
 
 
 @pytest.mark.parametrize("shorthand", ["", "G3", "3B", "G3X", "G-1B", "g3b", "G3B ", "G0B"])
 def test_parse_refuses_what_is_no_shorthand(shorthand):
     with pytest.raises(ValueError, match=r"for example G3B|grid_size is 0"):
-        KArAtConfig.parse(shorthand)
+        parse_shorthand(shorthand)
 
 
 def test_another_number_of_tokens_is_refused():

@@ -137,7 +137,6 @@ def test_every_field_of_the_config_is_read_from_its_key(configs):
         "basis": "bspline",
         "grid_size": 4,
         "rank": 5,
-        "sharing": "blockwise",
         "base_function": "silu",
         "order": "two_operators",
         "projection": "simplex",

@@ -288,7 +288,9 @@ def test_a_universal_operator_that_is_another_function_is_left_out(configs, tmp_
 
 def test_one_operator_is_not_made_of_several(configs, tmp_path):
     path = save(tmp_path, build(configs, 32))
-    message = r"(?s)no place in the model:\n  net\.blocks\.0\.attn\.operator.*SHARING: blockwise in the file"
+    message = (
+        r"(?s)no place in the model:\n  net\.blocks\.0\.attn\.operator.*SHARING: blockwise in the file, universal in"
+    )
     with pytest.raises(ValueError, match=message):
         load_weights(build(configs, 32, **{"KARAT.SHARING": "universal"}), path)
 
