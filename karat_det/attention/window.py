@@ -12,37 +12,36 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .module import KArAtAttention, check_operator
 from .operator import KArAtOperator
 
 
-class KArAtPaddedWindowAttention(KArAtAttention):
-    """KArAtAttention within windows as Detectron2's ViT cuts them, in which nothing attends to padding.
+class KArAtViTDetWindowAttention(KArAtAttention):
+    """KArAtAttention within windows of a feature map, of which nothing attends to padding.
 
-    It is made of KArAtAttention's arguments, input_size being (M, M).
-
-    Attributes:
-        map_size: (H, W) of the feature map, in tokens, without padding; to be set before `forward`. None: no window
-            has padding.
+    It pads the map and cuts it into windows itself, as Detectron2's `vit.Block` does: of a block that it is in,
+    `window_size` must be 0. It is made of KArAtAttention's arguments, input_size being (M, M).
     """
-
-    map_size: tuple[int, int] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """
         Args:
-            x: tokens of the windows, (B · windows, M, M, C).
+            x: feature map (B, H, W, C).
 
         Returns:
             A tensor of the shape of x.
         """
-        if self.map_size is None:
-            return super().forward(x)
-        return attend_by_regions(super().forward, x, self.map_size, self.input_size[0])
+        side = self.input_size[0]
+        height, width = int(x.shape[1]), int(x.shape[2])
+        padded = F.pad(x, (0, 0, 0, -width % side, 0, -height % side))
+        windows = padded.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3)  # (B, H / M, W / M, M, M, C)
+        attended = attend_by_regions(super().forward, windows.flatten(0, 2), (height, width), side)
+        return attended.reshape(windows.shape).transpose(2, 3).reshape(padded.shape)[:, :height, :width]
 
 
-class KArAtWindowAttention(nn.Module):
+class KArAtSwinWindowAttention(nn.Module):
     """W-MSA or SW-MSA with a KArAt operator where softmax stood; it takes over the layers of Detectron2's or timm's.
 
     Args:

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..attention.module import KArAtAttention
 from ..attention.operator import KArAtOperator
-from ..attention.window import KArAtWindowAttention
+from ..attention.window import KArAtSwinWindowAttention
 from ..config import karat_config, karat_sharing
 
 _FAMILIES = {VisionTransformer: "ViT", ConVit: "ConViT", SwinTransformer: "Swin"}
@@ -96,7 +96,7 @@ def _replace_attention(model: nn.Module, cfg: CfgNode) -> None:
     for block in chosen:
         if is_swin:
             operator = KArAtOperator(block.attn.num_heads, block.window_area, config)
-            attention = KArAtWindowAttention(block.attn, operator, block.shift_size[0])
+            attention = KArAtSwinWindowAttention(block.attn, operator, block.shift_size[0])
             attention.map_size = block.input_resolution
         else:
             qkv = block.attn.qkv

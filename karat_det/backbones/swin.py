@@ -16,7 +16,7 @@ from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool
 from detectron2.modeling.backbone.swin import SwinTransformer, SwinTransformerBlock
 
 from ..attention.operator import KArAtOperator
-from ..attention.window import KArAtWindowAttention
+from ..attention.window import KArAtSwinWindowAttention
 from ..config import karat_config, karat_sharing
 from .levels import check_levels
 
@@ -105,7 +105,7 @@ def _replace_attention(net: SwinTransformer, cfg: CfgNode) -> None:
         )
     for block in chosen:
         operator = KArAtOperator(block.num_heads, num_tokens, config)
-        block.attn = KArAtWindowAttention(block.attn, operator, block.shift_size)
+        block.attn = KArAtSwinWindowAttention(block.attn, operator, block.shift_size)
         block.register_forward_pre_hook(_pass_map_size)
 
 

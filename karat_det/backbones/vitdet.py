@@ -14,11 +14,11 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
-from detectron2.modeling.backbone.vit import Block, SimpleFeaturePyramid, ViT
+from detectron2.modeling.backbone.vit import SimpleFeaturePyramid, ViT
 
 from ..attention.module import KArAtAttention
 from ..attention.operator import KArAtOperator
-from ..attention.window import KArAtPaddedWindowAttention
+from ..attention.window import KArAtViTDetWindowAttention
 from ..config import image_size, karat_config, karat_sharing
 from .levels import check_levels
 
@@ -169,7 +169,7 @@ def _replace_attention(net: ViT, cfg: CfgNode) -> None:
         shared = net.operator = KArAtOperator(vit.NUM_HEADS, math.prod(next(iter(grids.values()))), config)
     for index, grid in grids.items():
         block = net.blocks[index]
-        attention_type = KArAtPaddedWindowAttention if block.window_size else KArAtAttention
+        attention_type = KArAtViTDetWindowAttention if block.window_size else KArAtAttention
         attention = attention_type(
             vit.EMBED_DIM,
             vit.NUM_HEADS,
@@ -182,14 +182,7 @@ def _replace_attention(net: ViT, cfg: CfgNode) -> None:
         # The linear layers keep the weights that the ViT drew, so that one seed starts KArAt and softmax alike.
         attention.qkv, attention.proj = block.attn.qkv, block.attn.proj
         block.attn = attention
-        if block.window_size:
-            block.register_forward_pre_hook(_pass_map_size)
-
-
-def _pass_map_size(block: Block, inputs: tuple[torch.Tensor]) -> None:
-    """Tells a block's attention the size of the feature map, which the block pads and cuts into windows."""
-    height, width = inputs[0].shape[1:3]
-    block.attn.map_size = int(height), int(width)
+        block.window_size = 0  # the attention cuts the map into windows itself: it knows then what is padding
 
 
 def _karat_grids(cfg: CfgNode) -> dict[int, tuple[int, int]]:

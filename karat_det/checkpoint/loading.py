@@ -19,7 +19,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from ..attention import KArAtAttention, KArAtOperator
-from ..attention.window import KArAtWindowAttention
+from ..attention.window import KArAtSwinWindowAttention
 from .files import check_weights, read_weights
 from .inspection import not_a_file
 from .layouts import HEAD, LAYOUTS, convert_state, copy_operator_to_blocks, required_tensors
@@ -365,7 +365,7 @@ def _operator_config(model: nn.Module) -> dict[str, Any]:
     """Fields of the config that all operators of a model have, and their "sharing"; {} if it has none."""
     for name, operator in _operators(model).items():
         owner = model.get_submodule(name.rpartition(".")[0])
-        is_own = isinstance(owner, KArAtAttention | KArAtWindowAttention)
+        is_own = isinstance(owner, KArAtAttention | KArAtSwinWindowAttention)
         return asdict(operator.config) | {"sharing": "blockwise" if is_own else "universal"}
     return {}
 

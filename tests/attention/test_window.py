@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from karat_det.attention import KArAtConfig, KArAtOperator
-from karat_det.attention.window import KArAtWindowAttention, attend_by_regions, window_regions
+from karat_det.attention.window import KArAtSwinWindowAttention, attend_by_regions, window_regions
 
 
 @given(height=st.integers(1, 11), width=st.integers(1, 11), window=st.integers(2, 5), is_shifted=st.booleans())
@@ -60,7 +60,7 @@ def test_windows_of_an_unknown_map_go_by_the_mask_of_the_shift():
     """Called alone, with the mask of Detectron2's and timm's blocks: a masked pair contributes nothing."""
     torch.manual_seed(0)
     softmax = WindowAttention(8, (2, 2), 2)
-    attention = KArAtWindowAttention(softmax, KArAtOperator(2, 4, KArAtConfig(rank=3)), 1)
+    attention = KArAtSwinWindowAttention(softmax, KArAtOperator(2, 4, KArAtConfig(rank=3)), 1)
     x = torch.randn(2 * 3, 4, 8)  # three windows of two images
     assert attention(x).shape == x.shape
     mask = torch.zeros(3, 4, 4)
@@ -77,4 +77,4 @@ def test_windows_of_an_unknown_map_go_by_the_mask_of_the_shift():
 def test_an_operator_of_other_windows_is_refused():
     operator = KArAtOperator(2, 9, KArAtConfig(rank=3))
     with pytest.raises(ValueError, match=r"operator is for 2 heads and N = 9 .* 4 heads and N = 4\. Give it"):
-        KArAtWindowAttention(WindowAttention(8, (2, 2), 4), operator)
+        KArAtSwinWindowAttention(WindowAttention(8, (2, 2), 4), operator)

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import Attention
 from torch.nn import functional as F
 
 from karat_det.attention import KArAtAttention
-from karat_det.attention.window import KArAtWindowAttention
+from karat_det.attention.window import KArAtSwinWindowAttention
 from karat_det.backbones.classifiers import build_classifier
 from karat_det.config import add_karat_config, pretrain_config
 
@@ -70,9 +70,9 @@ def test_disabled_it_is_timms_own(family):
         (VIT | {"KARAT.BLOCKS": [2, 0]}, [KArAtAttention, Attention, KArAtAttention]),
         (CONVIT, [GPSA] * 10 + [KArAtAttention] * 2),
         (CONVIT | {"KARAT.BLOCKS": [11]}, [GPSA] * 10 + [MHSA, KArAtAttention]),
-        (SWIN, [KArAtWindowAttention] * 12),
+        (SWIN, [KArAtSwinWindowAttention] * 12),
         (SWIN | {"KARAT.BLOCKS": [1, 4]},
-         [KArAtWindowAttention if index in (1, 4) else WindowAttention for index in range(12)]),
+         [KArAtSwinWindowAttention if index in (1, 4) else WindowAttention for index in range(12)]),
     ],
     ids=str,
 )  # fmt: skip
@@ -114,7 +114,7 @@ def test_residual_softmax_starts_as_timms_network(family):
         build(FAMILIES[family], ENABLED=False).eval(),
         build(FAMILIES[family], RESIDUAL="softmax").eval(),
     )
-    assert any(isinstance(attention, KArAtAttention | KArAtWindowAttention) for attention in attentions(residual))
+    assert any(isinstance(attention, KArAtAttention | KArAtSwinWindowAttention) for attention in attentions(residual))
     with torch.no_grad():
         for model in (softmax, residual):
             for name, parameter in model.named_parameters():

@@ -13,7 +13,7 @@ from detectron2.utils.events import EventStorage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from karat_det.attention.window import KArAtWindowAttention, window_regions
+from karat_det.attention.window import KArAtSwinWindowAttention, window_regions
 from karat_det.config import image_size
 from karat_det.engine.setup import load_cfg
 
@@ -146,7 +146,7 @@ def test_disabled_it_is_detectron2s_own_swin(configs, size):
 
 def test_every_block_has_karat_and_keeps_the_names_and_weights_of_softmax(configs):
     softmax, karat = build(configs, ENABLED=False), build(configs)
-    assert all(type(block.attn) is KArAtWindowAttention for block in blocks(karat))
+    assert all(type(block.attn) is KArAtSwinWindowAttention for block in blocks(karat))
     assert [block.attn.operator.num_heads for block in blocks(karat)] == [2, 2, 3, 3]
     assert {block.attn.operator.num_tokens for block in blocks(karat)} == {WINDOW**2}
     assert [block.attn.shift_size for block in blocks(karat)] == [0, 2, 0, 2]
@@ -292,7 +292,7 @@ def test_residual_softmax_differs_in_padded_windows_alone(configs):
 def test_blocks_are_chosen_through_all_stages(configs):
     backbone = build(configs, BLOCKS=[1, 2])
     kinds = [type(block.attn) for block in blocks(backbone)]
-    assert kinds == [WindowAttention, KArAtWindowAttention, KArAtWindowAttention, WindowAttention]
+    assert kinds == [WindowAttention, KArAtSwinWindowAttention, KArAtSwinWindowAttention, WindowAttention]
     softmax, residual = build(configs, ENABLED=False), build(configs, BLOCKS=[3], RESIDUAL="softmax")
     image = torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(residual(image)["p3"], softmax(image)["p3"], atol=1e-5, rtol=1e-5)

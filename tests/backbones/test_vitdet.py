@@ -9,13 +9,12 @@ from detectron2.engine import DefaultPredictor
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, build_backbone, build_model
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
-from detectron2.modeling.backbone.utils import window_partition
 from detectron2.modeling.backbone.vit import Attention, SimpleFeaturePyramid, ViT
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 
 from karat_det.attention import KArAtAttention, KArAtOperator
-from karat_det.attention.window import KArAtPaddedWindowAttention
+from karat_det.attention.window import KArAtViTDetWindowAttention
 from karat_det.engine.setup import load_cfg
 
 # Two blocks of windows, two of the whole image; 4 × 4 patches in all.
@@ -101,9 +100,9 @@ def test_every_block_has_karat_of_its_own_token_count(configs):
 @pytest.mark.parametrize(
     ("choice", "kinds", "tokens"),
     [
-        ("operator", [KArAtPaddedWindowAttention, KArAtAttention] * 2, [4, 16, 4, 16]),
-        ("softmax", [KArAtPaddedWindowAttention, Attention] * 2, [4, None, 4, None]),
-        ("window", [KArAtPaddedWindowAttention] * 4, [4, 4, 4, 4]),
+        ("operator", [KArAtViTDetWindowAttention, KArAtAttention] * 2, [4, 16, 4, 16]),
+        ("softmax", [KArAtViTDetWindowAttention, Attention] * 2, [4, None, 4, None]),
+        ("window", [KArAtViTDetWindowAttention] * 4, [4, 4, 4, 4]),
     ],
 )
 def test_global_blocks(configs, choice, kinds, tokens):
@@ -158,7 +157,7 @@ VARIANTS = [
 def slow_window_block(block, x):
     """What a window block is to compute for a map (B, H, W, C): one window and one pair of tokens after the other,
     without padding. Windows at the right and lower edge may hold fewer tokens."""
-    attention, side = block.attn, block.window_size
+    attention, side = block.attn, block.attn.input_size[0]
     num_heads, num_tokens = attention.num_heads, side**2
     query, key, value = (part.unflatten(-1, (num_heads, -1)) for part in attention.qkv(block.norm1(x)).chunk(3, dim=-1))
     output = torch.zeros_like(query)
@@ -198,16 +197,19 @@ def test_padding_of_windows_contributes_nothing(configs, variant):
     block = build(configs, GLOBAL_BLOCKS="softmax", **variant).net.blocks[0]
     block.attn.qkv.weight.data.normal_(std=0.3)
     x = torch.randn(2, 3, 5, 24)
-    is_padding = window_partition(torch.ones(2, 3, 5, 1), 2)[0] == 0
+    seen = []
 
-    def change(attention, inputs):
+    def change(linear, inputs):
+        is_padding = (inputs[0] == 0).all(dim=-1, keepdim=True)
+        seen.append(int(is_padding.sum()))
         return inputs[0] + 3.0 * is_padding
 
     with torch.no_grad():
         before = block(x)
-        block.attn.register_forward_pre_hook(change)
+        block.attn.qkv.register_forward_pre_hook(change)
         # Softmax, as Detectron2 has it, attends to the padding.
         assert torch.equal(block(x), before) == isinstance(block.attn, KArAtAttention)
+    assert sum(seen) == 2 * (4 * 6 - 3 * 5)
 
 
 @pytest.mark.parametrize(("size", "calls"), [((4, 4), [(4, False)]), ((3, 5), [(2, False), (4, True)])])

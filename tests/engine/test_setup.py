@@ -8,7 +8,7 @@ from detectron2.modeling import build_model
 from detectron2.modeling.roi_heads import FastRCNNConvFCHead
 
 from karat_det.attention import KArAtAttention
-from karat_det.attention.window import KArAtWindowAttention
+from karat_det.attention.window import KArAtSwinWindowAttention
 from karat_det.config import add_karat_config
 from karat_det.engine.setup import check_model_and_datasets, load_cfg, parse_command
 
@@ -153,7 +153,7 @@ def test_configs_build_their_model(path):
     num_karat = (
         0 if not cfg.MODEL.KARAT.ENABLED else 8 if cfg.MODEL.KARAT.GLOBAL_BLOCKS == "softmax" else len(attentions)
     )
-    assert sum(isinstance(each, (KArAtAttention, KArAtWindowAttention)) for each in attentions) == num_karat
+    assert sum(isinstance(each, (KArAtAttention, KArAtSwinWindowAttention)) for each in attentions) == num_karat
     operators = {name for name, _ in model.named_parameters() if name.endswith("operator.coefficients")}
     assert len(operators) == (min(1, num_karat) if cfg.MODEL.KARAT.SHARING == "universal" else num_karat)
     box_head = model.roi_heads.box_head
