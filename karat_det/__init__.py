@@ -28,9 +28,10 @@ except ModuleNotFoundError as error:
 
 from .backbones import swin as _swin  # noqa: E402, F401  registers build_swin_karat_fpn_backbone
 from .backbones import vitdet as _vitdet  # noqa: E402, F401  registers build_vitdet_karat_backbone
+from .backbones.replace import replace_attention  # noqa: E402
 from .config import add_karat_config  # noqa: E402
 from .data.digits import register_digits  # noqa: E402
 
-__all__ = ["add_karat_config"]
+__all__ = ["add_karat_config", "replace_attention"]
 
 register_digits()

@@ -8,6 +8,7 @@ are set are SOLVER.MOMENTUM, NESTEROV, BIAS_LR_FACTOR, WEIGHT_DECAY_NORM and WEI
 and the others of _WITHOUT_EFFECT in engine/checks.py. Ranges are in engine/ranges.py: of every key, by its name.
 """
 
+from collections.abc import Mapping
 from dataclasses import fields
 
 from detectron2.config import CfgNode as CN
@@ -301,13 +302,19 @@ def image_size(cfg: CN) -> tuple[int, int]:
     return model.IMG_SIZE, model.IMG_WIDTH or model.IMG_SIZE
 
 
-def karat_sharing(cfg: CfgNode) -> str:
-    """MODEL.KARAT.SHARING, of either config. ValueError if it has a value that is not allowed."""
-    if cfg.MODEL.KARAT.SHARING not in ("blockwise", "universal"):
-        raise ValueError(
-            f"MODEL.KARAT.SHARING is {cfg.MODEL.KARAT.SHARING!r}, which is unknown. Known: blockwise, universal."
-        )
-    return cfg.MODEL.KARAT.SHARING
+def named_by_key(
+    error: ValueError, notes: Mapping[str, str] | None = None, keys: Mapping[str, str] | None = None
+) -> ValueError:
+    """An error about an argument of KArAtConfig or replace_attention, by the name of the key that it is from.
+
+    Args:
+        error: its message begins with the name of the argument.
+        notes: by argument, what else a user of YAML should know: the message ends with it.
+        keys: by argument, its key, where that is not the upper-case name in MODEL.KARAT.
+    """
+    argument, _, complaint = str(error).partition(" ")
+    key = (keys or {}).get(argument, f"MODEL.KARAT.{argument.upper()}")
+    return ValueError(f"{key} {complaint} {(notes or {}).get(argument, '')}".rstrip())
 
 
 def karat_config(cfg: CfgNode) -> KArAtConfig:
@@ -319,5 +326,4 @@ def karat_config(cfg: CfgNode) -> KArAtConfig:
     try:
         return KArAtConfig(**{field.name: cfg.MODEL.KARAT[field.name.upper()] for field in fields(KArAtConfig)})
     except ValueError as error:
-        field, _, complaint = str(error).partition(" ")
-        raise ValueError(f"MODEL.KARAT.{field.upper()} {complaint}") from None
+        raise named_by_key(error) from None

@@ -167,7 +167,7 @@ class KArAtOperator(FunctionLayer):
     def __init__(self, num_heads: int, num_tokens: int, config: KArAtConfig):
         if config.rank is not None and config.rank > num_tokens:
             raise ValueError(
-                f"rank is {config.rank}, above the {num_tokens} tokens that attend to each other. "
+                f"rank is {config.rank}, above N = {num_tokens}, the number of tokens that attend to each other. "
                 f"It must be from 1 to {num_tokens}."
             )
         if config.num_karat_heads is not None and config.num_karat_heads > num_heads:

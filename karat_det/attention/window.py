@@ -45,8 +45,8 @@ class KArAtSwinWindowAttention(nn.Module):
     """W-MSA or SW-MSA with a KArAt operator where softmax stood; it takes over the layers of Detectron2's or timm's.
 
     Args:
-        softmax: the `WindowAttention` of either. Its `relative_position_bias_table`, `relative_position_index`, `qkv`
-            and `proj` become this one's.
+        softmax: the `WindowAttention` of either. Its `relative_position_bias_table`, `relative_position_index`, `qkv`,
+            `proj` and `proj_drop` become this one's.
         operator: for as many heads, and for the tokens of a window.
         shift_size: by how many tokens the windows are shifted.
 
@@ -71,6 +71,7 @@ class KArAtSwinWindowAttention(nn.Module):
         self.register_buffer("relative_position_index", softmax.relative_position_index, persistent)
         self.qkv = softmax.qkv
         self.proj = softmax.proj
+        self.proj_drop = softmax.proj_drop
         self.operator = operator
         self.map_size: tuple[int, int] | None = None
 
@@ -93,9 +94,9 @@ class KArAtSwinWindowAttention(nn.Module):
 
         if self.map_size is None:
             visible = None if mask is None else (mask == 0).repeat(len(x) // len(mask), 1, 1).unsqueeze(1)
-            return self.proj(attend(self.qkv(x), visible))
+            return self.proj_drop(self.proj(attend(self.qkv(x), visible)))
         windows = attend_by_regions(attend, self.qkv(x), self.map_size, self.window_size[0], self.shift_size)
-        return self.proj(windows)
+        return self.proj_drop(self.proj(windows))
 
 
 def attend_by_regions(

@@ -12,15 +12,13 @@ from functools import cache
 import timm
 import torch
 from fvcore.common.config import CfgNode
-from timm.models.convit import MHSA, ConVit
-from timm.models.swin_transformer import SwinTransformer, WindowAttention
-from timm.models.vision_transformer import Attention, VisionTransformer
+from timm.models.convit import ConVit
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from ..attention.module import KArAtAttention
-from ..attention.operator import KArAtOperator
-from ..attention.window import KArAtSwinWindowAttention
-from ..config import karat_config, karat_sharing
+from ..config import karat_config, named_by_key
+from .replace import replace_attention
 
 _FAMILIES = {VisionTransformer: "ViT", ConVit: "ConViT", SwinTransformer: "Swin"}
 # Keys of MODEL that set timm's argument of the same name. ConViT's depth and heads hang together with the number of its
@@ -49,99 +47,28 @@ def build_classifier(cfg: CfgNode, num_classes: int) -> nn.Module:
     overrides = _checked_overrides(cfg)
     model = timm.create_model(cfg.MODEL.NAME, pretrained=False, num_classes=num_classes, **overrides)
     if cfg.MODEL.KARAT.ENABLED:
-        # One seed then draws the same for softmax and KArAt after this.
-        with torch.random.fork_rng(devices=[]):
-            _replace_attention(model, cfg)
+        _replace_attention(model, cfg)
     return model
 
 
 def _replace_attention(model: nn.Module, cfg: CfgNode) -> None:
     """Puts KArAt in the place of softmax in every block that is to have it."""
-    config = karat_config(cfg)
     name, karat = cfg.MODEL.NAME, cfg.MODEL.KARAT
-    is_swin = isinstance(model, SwinTransformer)
-    blocks = [block for layer in model.layers for block in layer.blocks] if is_swin else model.blocks
-    plain = {index: block for index, block in enumerate(blocks) if _is_plain(getattr(block, "attn", None))}
-    if not plain:
-        raise ValueError(
-            f"MODEL.NAME is {name}, none of whose {len(blocks)} blocks has the plain self-attention that KArAt takes "
-            "the place of: projections to query, key and value and of the output, and nothing else. Name another "
-            "model, or set MODEL.KARAT.ENABLED False."
-        )
-    foreign = [index for index in karat.BLOCKS if index not in plain]
-    if foreign:
-        raise ValueError(f"MODEL.KARAT.BLOCKS names {foreign}; in {name} the blocks for KArAt are {list(plain)}.")
-    chosen = [plain[index] for index in sorted(set(karat.BLOCKS))] or list(plain.values())
-    if is_swin:
-        _check_windows(model, chosen, cfg)
-        num_tokens = min(block.window_area for block in chosen)
-    else:
-        num_tokens = model.patch_embed.num_patches + (1 if isinstance(model, ConVit) else model.num_prefix_tokens)
-    if config.rank is not None and config.rank > num_tokens:
-        raise ValueError(
-            f"MODEL.KARAT.RANK is {config.rank}, above N = {num_tokens}, the number of tokens that attend to each other"
-            + (" in the smallest window" if is_swin else "")
-            + f" (MODEL.IMG_SIZE, PATCH_SIZE). It must be from 1 to {num_tokens}."
-        )
-    num_heads = min(block.attn.num_heads for block in chosen)
-    if config.num_karat_heads is not None and config.num_karat_heads > num_heads:
-        raise ValueError(
-            f"MODEL.KARAT.NUM_KARAT_HEADS is {config.num_karat_heads}, above {num_heads}, the"
-            + (" fewest" if is_swin else "")
-            + f" heads of a block. It must be from 1 to {num_heads}, or None for all."
-        )
-    shared = None
-    if karat_sharing(cfg) == "universal":
-        shared = model.operator = KArAtOperator(num_heads, num_tokens, config)
-    for block in chosen:
-        if is_swin:
-            operator = KArAtOperator(block.attn.num_heads, block.window_area, config)
-            attention = KArAtSwinWindowAttention(block.attn, operator, block.shift_size[0])
-            attention.map_size = block.input_resolution
-        else:
-            qkv = block.attn.qkv
-            attention = KArAtAttention(
-                qkv.in_features,
-                num_heads,
-                shared or KArAtOperator(num_heads, num_tokens, config),
-                shares_operator=shared is not None,
-                qkv_bias=qkv.bias is not None,
-                # The other tokens, for a class or as registers, stand before these.
-                input_size=model.patch_embed.grid_size,
-            )
-            # The linear layers keep the weights that timm drew, so that one seed starts KArAt and softmax alike.
-            attention.qkv, attention.proj = qkv, block.attn.proj
-        block.attn = attention
-
-
-def _is_plain(attention: nn.Module | None) -> bool:
-    """Whether an attention is multi-head self-attention and no more: neither gated nor with norms of its own."""
-    names = {"qkv.weight", "qkv.bias", "proj.weight", "proj.bias", "relative_position_bias_table"}
-    return (
-        type(attention) in (Attention, MHSA, WindowAttention)
-        and attention.state_dict().keys() <= names
-        and attention.qkv.out_features == 3 * attention.qkv.in_features
-    )
-
-
-def _check_windows(model: SwinTransformer, blocks: list[nn.Module], cfg: CfgNode) -> None:
-    """Checks what Swin's windows ask of KArAt."""
-    if cfg.MODEL.KARAT.SHARING == "universal":
-        heads = [layer.blocks[0].attn.num_heads for layer in model.layers]
-        raise ValueError(
-            f"MODEL.KARAT.SHARING is universal, but the stages of {cfg.MODEL.NAME} differ in their number of heads, "
-            f"{heads}, and an operator has functions for each head. Set MODEL.KARAT.SHARING blockwise."
-        )
-    image, patch = (sizes[0] for sizes in (model.patch_embed.img_size, model.patch_embed.patch_size))
-    for block in blocks:
-        side, window = block.input_resolution[0], block.window_size[0]
-        if side % window:
-            # timm pads such maps; softmax learns to live with it, an operator would sum over the padding.
-            raise ValueError(
-                f"MODEL.IMG_SIZE is {image} and PATCH_SIZE {patch}, for which {cfg.MODEL.NAME} has a feature map of "
-                f"{side} × {side} tokens, and its windows of {window} × {window} do not tile it. With KArAt they must: "
-                f"multiples of {patch * window * 2 ** (len(model.layers) - 1)} pixels fit."
-            )
+    config = karat_config(cfg)
+    try:
+        replace_attention(model, config, sharing=karat.SHARING, blocks=karat.BLOCKS or None)
+    except ValueError as error:
+        place = "the smallest window" if isinstance(model, SwinTransformer) else "an image"
+        notes = {
+            "sharing": f"Set MODEL.KARAT.SHARING blockwise for {name}.",
+            "rank": f"N is that of {place} in {name} (MODEL.IMG_SIZE, PATCH_SIZE).",
+            "blocks": f"MODEL.NAME is {name}.",
+            "num_karat_heads": f"{name} has no more in the block that has the fewest.",
+            "model": "Name another model, or set MODEL.KARAT.ENABLED False.",
+            "img_size": f"MODEL.NAME is {name}, patches are of MODEL.PATCH_SIZE.",
+        }
+        keys = {"model": f"MODEL.NAME is {name}. It", "img_size": "MODEL.IMG_SIZE"}
+        raise named_by_key(error, notes, keys) from None
 
 
 def _checked_overrides(cfg: CfgNode) -> dict[str, int | float]:

@@ -8,17 +8,15 @@ are padded to whole windows. Softmax masks the first by −100 and attends to th
 
 import math
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool
-from detectron2.modeling.backbone.swin import SwinTransformer, SwinTransformerBlock
+from detectron2.modeling.backbone.swin import SwinTransformer
 
-from ..attention.operator import KArAtOperator
-from ..attention.window import KArAtSwinWindowAttention
-from ..config import karat_config, karat_sharing
+from ..config import karat_config, named_by_key
 from .levels import check_levels
+from .replace import replace_attention
 
 
 @BACKBONE_REGISTRY.register()
@@ -55,9 +53,7 @@ def build_swin_karat_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     # Detectron2 takes a patch of 4 pixels for granted here.
     net._out_feature_strides = {name: swin.PATCH_SIZE * 2 ** _stages(cfg).index(name) for name in swin.OUT_FEATURES}
     if cfg.MODEL.KARAT.ENABLED:
-        # One seed then starts the pyramid alike, whichever attention the blocks have.
-        with torch.random.fork_rng(devices=[]):
-            _replace_attention(net, cfg)
+        _replace_attention(net, cfg)
     top_block = LastLevelMaxPool()
     top_block.in_feature = f"p{round(math.log2(net._out_feature_strides[swin.OUT_FEATURES[-1]]))}"  # the coarsest level
     pyramid = FPN(
@@ -75,43 +71,19 @@ def build_swin_karat_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 
 def _replace_attention(net: SwinTransformer, cfg: CfgNode) -> None:
     """Puts KArAt in the place of softmax in every block that is to have it."""
+    swin, karat = cfg.MODEL.SWIN, cfg.MODEL.KARAT
     config = karat_config(cfg)
-    swin = cfg.MODEL.SWIN
-    if karat_sharing(cfg) == "universal":
-        raise ValueError(
-            f"MODEL.KARAT.SHARING is universal, but the operators of Swin are blockwise only: they have functions for "
-            f"each head and each of N tokens, and stages differ in these, here in {swin.NUM_HEADS} heads "
-            "(MODEL.SWIN.NUM_HEADS). Set MODEL.KARAT.SHARING blockwise."
-        )
-    num_tokens = swin.WINDOW_SIZE**2
-    if config.rank is not None and config.rank > num_tokens:
-        raise ValueError(
-            f"MODEL.KARAT.RANK is {config.rank}, above N = {swin.WINDOW_SIZE}² = {num_tokens}, the number of tokens of "
-            f"a window (MODEL.SWIN.WINDOW_SIZE). It must be from 1 to {num_tokens}."
-        )
-    blocks = [block for layer in net.layers for block in layer.blocks]
-    foreign = [index for index in cfg.MODEL.KARAT.BLOCKS if index not in range(len(blocks))]
-    if foreign:
-        raise ValueError(
-            f"MODEL.KARAT.BLOCKS names {foreign}; MODEL.SWIN.DEPTHS is {swin.DEPTHS}, so blocks are 0 to "
-            f"{len(blocks) - 1}, counted through all stages."
-        )
-    chosen = [blocks[index] for index in sorted(set(cfg.MODEL.KARAT.BLOCKS))] or blocks
-    fewest = min(block.num_heads for block in chosen)
-    if config.num_karat_heads is not None and config.num_karat_heads > fewest:
-        raise ValueError(
-            f"MODEL.KARAT.NUM_KARAT_HEADS is {config.num_karat_heads}, above {fewest}, the fewest heads of a block "
-            f"that gets KArAt (MODEL.SWIN.NUM_HEADS {swin.NUM_HEADS}). It must be from 1 to {fewest}, or None for all."
-        )
-    for block in chosen:
-        operator = KArAtOperator(block.num_heads, num_tokens, config)
-        block.attn = KArAtSwinWindowAttention(block.attn, operator, block.shift_size)
-        block.register_forward_pre_hook(_pass_map_size)
-
-
-def _pass_map_size(block: SwinTransformerBlock, inputs: tuple) -> None:
-    """Tells a block's attention the size of the feature map; Detectron2 tells it to the block alone."""
-    block.attn.map_size = block.H, block.W
+    try:
+        replace_attention(net, config, sharing=karat.SHARING, blocks=karat.BLOCKS or None)
+    except ValueError as error:
+        notes = {
+            "sharing": "Set MODEL.KARAT.SHARING blockwise.",
+            "rank": f"Windows are of {swin.WINDOW_SIZE} × {swin.WINDOW_SIZE} tokens (MODEL.SWIN.WINDOW_SIZE).",
+            "blocks": f"MODEL.SWIN.DEPTHS is {swin.DEPTHS}, and blocks are counted through all stages.",
+            "num_karat_heads": f"The fewest heads of a block that gets KArAt count: MODEL.SWIN.NUM_HEADS is "
+            f"{swin.NUM_HEADS}.",
+        }
+        raise named_by_key(error, notes) from None
 
 
 def _stages(cfg: CfgNode) -> list[str]:

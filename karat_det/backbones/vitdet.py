@@ -16,11 +16,9 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.backbone.vit import SimpleFeaturePyramid, ViT
 
-from ..attention.module import KArAtAttention
-from ..attention.operator import KArAtOperator
-from ..attention.window import KArAtViTDetWindowAttention
-from ..config import image_size, karat_config, karat_sharing
+from ..config import image_size, karat_config, named_by_key
 from .levels import check_levels
+from .replace import replace_attention
 
 GLOBAL_BLOCKS = ("operator", "softmax", "window")
 SCALE_FACTORS = (4.0, 2.0, 1.0, 0.5)
@@ -69,16 +67,14 @@ def build_vitdet_karat_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SimpleF
                 columns = 2 * (width // vit.PATCH_SIZE) - 1
                 block.attn.rel_pos_w = nn.Parameter(torch.zeros(columns, block.attn.rel_pos_w.shape[1]))
     if cfg.MODEL.KARAT.ENABLED:
-        # One seed then starts pyramid and heads alike, whichever attention the blocks have.
-        with torch.random.fork_rng(devices=[]):
-            _replace_attention(net, cfg)
+        _replace_attention(net, cfg)
     top_block = LastLevelMaxPool()
     # It pools the coarsest level, which is p5 only for strides of up to 32 pixels.
     top_block.in_feature = f"p{round(math.log2(vit.PATCH_SIZE / vit.SCALE_FACTORS[-1]))}"
     pyramid = PaddingFeaturePyramid(
         net,
         image_size=(height, width),
-        is_size_fixed=cfg.MODEL.KARAT.ENABLED and not set(_karat_grids(cfg)) <= set(_window_blocks(cfg)),
+        is_size_fixed=cfg.MODEL.KARAT.ENABLED and not set(_karat_blocks(cfg)) <= set(_window_blocks(cfg)),
         in_feature="last_feat",
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
         scale_factors=vit.SCALE_FACTORS,
@@ -141,66 +137,32 @@ class PaddingFeaturePyramid(SimpleFeaturePyramid):
 
 def _replace_attention(net: ViT, cfg: CfgNode) -> None:
     """Puts KArAt in the place of softmax in every block that is to have it."""
-    config, sharing = karat_config(cfg), karat_sharing(cfg)
-    vit = cfg.MODEL.VIT
-    grids = _karat_grids(cfg)
-    if sharing == "universal" and len(set(grids.values())) > 1:
-        window, image = (f"{rows} × {columns} = {rows * columns}" for rows, columns in _grids(cfg))
-        raise ValueError(
-            f"MODEL.KARAT.SHARING is universal, but N, the number of tokens that attend to each other, differs between "
-            f"blocks: {window} in window blocks (MODEL.VIT.WINDOW_SIZE), {image} in global ones (MODEL.VIT.IMG_SIZE "
-            "and IMG_WIDTH / PATCH_SIZE). Set MODEL.KARAT.SHARING blockwise, or MODEL.KARAT.GLOBAL_BLOCKS "
-            '"softmax" or "window", or choose MODEL.KARAT.BLOCKS of one kind.'
+    vit, karat = cfg.MODEL.VIT, cfg.MODEL.KARAT
+    config = karat_config(cfg)
+    try:
+        replace_attention(net, config, sharing=karat.SHARING, blocks=_karat_blocks(cfg), image_size=image_size(cfg))
+    except ValueError as error:
+        window, image = (
+            f"{rows} × {columns} = {rows * columns}"
+            for rows, columns in ((vit.WINDOW_SIZE,) * 2, [size // vit.PATCH_SIZE for size in image_size(cfg)])
         )
-    rows, columns = min(grids.values(), key=math.prod)
-    if config.rank is not None and config.rank > rows * columns:
-        raise ValueError(
-            f"MODEL.KARAT.RANK is {config.rank}, above N = {rows} × {columns} = {rows * columns}, the number of tokens "
-            f"that attend to each other: MODEL.VIT.WINDOW_SIZE in windows, IMG_SIZE / PATCH_SIZE in the image. It must "
-            f"be from 1 to {rows * columns}."
+        tokens = (
+            f"N is {window} in window blocks (MODEL.VIT.WINDOW_SIZE), {image} in global ones (MODEL.VIT.IMG_SIZE and "
+            "IMG_WIDTH / PATCH_SIZE)."
         )
-    if config.num_karat_heads is not None and config.num_karat_heads > vit.NUM_HEADS:
-        raise ValueError(
-            f"MODEL.KARAT.NUM_KARAT_HEADS is {config.num_karat_heads}, above MODEL.VIT.NUM_HEADS, {vit.NUM_HEADS}. It "
-            f"must be from 1 to {vit.NUM_HEADS}, or None for all."
-        )
-    shared = None
-    if sharing == "universal":
-        shared = net.operator = KArAtOperator(vit.NUM_HEADS, math.prod(next(iter(grids.values()))), config)
-    for index, grid in grids.items():
-        block = net.blocks[index]
-        attention_type = KArAtViTDetWindowAttention if block.window_size else KArAtAttention
-        attention = attention_type(
-            vit.EMBED_DIM,
-            vit.NUM_HEADS,
-            shared or KArAtOperator(vit.NUM_HEADS, math.prod(grid), config),
-            shares_operator=shared is not None,
-            qkv_bias=vit.QKV_BIAS,
-            use_rel_pos=vit.USE_REL_POS,
-            input_size=grid,
-        )
-        # The linear layers keep the weights that the ViT drew, so that one seed starts KArAt and softmax alike.
-        attention.qkv, attention.proj = block.attn.qkv, block.attn.proj
-        block.attn = attention
-        block.window_size = 0  # the attention cuts the map into windows itself: it knows then what is padding
+        notes = {
+            "sharing": f"{tokens} Set MODEL.KARAT.SHARING blockwise, or MODEL.KARAT.GLOBAL_BLOCKS "
+            '"softmax" or "window", or choose MODEL.KARAT.BLOCKS of one kind.',
+            "rank": tokens,
+            "num_karat_heads": f"MODEL.VIT.NUM_HEADS is {vit.NUM_HEADS}.",
+        }
+        raise named_by_key(error, notes) from None
 
 
-def _karat_grids(cfg: CfgNode) -> dict[int, tuple[int, int]]:
-    """Index of each block that gets KArAt, and the (H, W) of the tokens that attend to each other in it."""
-    window, image = _grids(cfg)
+def _karat_blocks(cfg: CfgNode) -> list[int]:
+    """Indices of the blocks that get KArAt."""
     windows = _window_blocks(cfg)
-    return {
-        index: window if index in windows else image
-        for index in _chosen_blocks(cfg)
-        if index in windows or cfg.MODEL.KARAT.GLOBAL_BLOCKS == "operator"
-    }
-
-
-def _grids(cfg: CfgNode) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(H, W), in tokens, of a window and of the image."""
-    vit = cfg.MODEL.VIT
-    height, width = image_size(cfg)
-    return (vit.WINDOW_SIZE, vit.WINDOW_SIZE), (height // vit.PATCH_SIZE, width // vit.PATCH_SIZE)
+    return [index for index in _chosen_blocks(cfg) if index in windows or cfg.MODEL.KARAT.GLOBAL_BLOCKS == "operator"]
 
 
 def _window_blocks(cfg: CfgNode) -> list[int]:
@@ -274,8 +236,7 @@ def _check_sizes(cfg: CfgNode) -> None:
             f"MODEL.KARAT.GLOBAL_BLOCKS is {karat.GLOBAL_BLOCKS!r}, which is unknown. "
             f"Known: {', '.join(GLOBAL_BLOCKS)}."
         )
-    grids = _karat_grids(cfg)
-    if not grids:
+    if not _karat_blocks(cfg):
         raise ValueError(
             f"MODEL.KARAT.GLOBAL_BLOCKS is softmax, and none of MODEL.KARAT.BLOCKS, {karat.BLOCKS or 'all'}, is among "
             f"MODEL.VIT.WINDOW_BLOCKS, {vit.WINDOW_BLOCKS}: no block would have KArAt. Name other blocks, set "

@@ -431,7 +431,7 @@ def test_config_names_the_field_the_value_and_what_is_allowed(fields, message):
 
 
 def test_rank_above_the_number_of_tokens_is_refused():
-    with pytest.raises(ValueError, match=r"rank is 12, above the 9 tokens.*from 1 to 9"):
+    with pytest.raises(ValueError, match=r"rank is 12, above N = 9, the number of tokens.*from 1 to 9"):
         KArAtOperator(1, 9, KArAtConfig(rank=12))
     assert KArAtOperator(1, 9, KArAtConfig(rank=9)).projector.shape == (1, 9, 9)
 
