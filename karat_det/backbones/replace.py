@@ -163,8 +163,8 @@ def _check_windows(model: nn.Module, block: nn.Module) -> None:
         # timm pads such maps; softmax learns to live with it, an operator would sum over the padding.
         image, patch = (sizes[0] for sizes in (model.patch_embed.img_size, model.patch_embed.patch_size))
         raise ValueError(
-            f"img_size is {image}, with patches of {patch}, for which the model has a map of {height} × {width} tokens, "
-            f"and its windows of {rows} × {columns} do not tile it. With KArAt they must, and be squares: "
+            f"img_size is {image}, with patches of {patch}, for which a feature map has {height} × {width} tokens, and "
+            f"its windows of {rows} × {columns} do not tile it. With KArAt they must, and be squares: "
             f"multiples of {patch * rows * 2 ** (len(model.layers) - 1)} pixels fit."
         )
 

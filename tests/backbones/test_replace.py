@@ -1,4 +1,4 @@
-"""KArAt in transformers that others have built. What it computes there is compared with plain loops beside each host."""
+"""KArAt in transformers that others have built. The tests of each host compare it with plain loops."""
 
 import pytest
 import timm
@@ -147,11 +147,11 @@ def replaced(host, **arguments):
          "rank is 17, above N = 16"),
         (lambda: detectron2_swin.SwinTransformer(**SWIN, attn_drop_rate=0.1), {"blocks": [3]},
          r"model drops attention in blocks \[3\]"),
-        *((lambda host=host: build(host), {"blocks": [1, 12, -1]}, r"blocks names \[-1, .*12\]; the blocks for KArAt are \[")
+        *((lambda host=host: build(host), {"blocks": [1, 12, -1]}, r"blocks names \[-1, .*12\]; the .* KArAt are \[")
           for host in HOSTS),
-        (lambda: build("timm's ConViT"), {"blocks": [9, 10]}, r"blocks names \[9\]; the blocks for KArAt are \[10, 11\]"),
+        (lambda: build("timm's ConViT"), {"blocks": [9, 10]}, r"blocks names \[9\]; the .* KArAt are \[10, 11\]"),
         (lambda: build("ViTDet"), {"blocks": []}, r"blocks names none; the blocks for KArAt are \[0, 1, 2, 3\]"),
-        *((lambda host=host: replaced(host), {}, "blocks is None, for all, but .* have KArAt already") for host in HOSTS),
+        *((lambda host=host: replaced(host), {}, "blocks is None, for all, but .* have KArAt al") for host in HOSTS),
         (lambda: replaced("Swin", blocks=[2]), {"blocks": [1, 2]},
          r"blocks names \[1, 2\], but \[2\] have KArAt already. Those that have softmax are \[0, 1, 3\]"),
     ],

@@ -392,9 +392,9 @@ def test_configs_are_swin_tiny(configs, leaf, grid_size):
     ("overrides", "message"),
     [
         ({"SHARING": "universal"}, r"MODEL.KARAT.SHARING is universal.*\[2, 3\].*Set MODEL.KARAT.SHARING blockwise"),
-        ({"RANK": 17}, r"MODEL.KARAT.RANK is 17, above N = 16.*from 1 to 16\. Windows are of 4 × 4 tokens.*SWIN.WINDOW_SIZE"),
-        ({"NUM_KARAT_HEADS": 3}, r"MODEL.KARAT.NUM_KARAT_HEADS is 3, above .* 2\. .*from 1 to 2.*NUM_HEADS is \[2, 3\]"),
-        ({"BLOCKS": [1, 4]}, r"MODEL.KARAT.BLOCKS names \[4\].* are \[0, 1, 2, 3\]\. .*DEPTHS is \[2, 2\].*through all stages"),
+        ({"RANK": 17}, r"MODEL.KARAT.RANK is 17, above N = 16.*from 1 to 16\. .* of 4 × 4 tokens .*WINDOW_SIZE"),
+        ({"NUM_KARAT_HEADS": 3}, r"KARAT.NUM_KARAT_HEADS is 3, above .* 2\. .*from 1 to 2.*NUM_HEADS is \[2, 3\]"),
+        ({"BLOCKS": [1, 4]}, r"MODEL.KARAT.BLOCKS names \[4\].* are \[0, 1, 2, 3\]\. .*DEPTHS is \[2, 2\].*all stages"),
         ({"GRID_SIZE": 0}, r"MODEL.KARAT.GRID_SIZE is 0. It must be a whole number, at least 1"),
         ({"NUM_HEADS": [2, 5]}, r"MODEL.SWIN.NUM_HEADS is \[2, 5\]: 5 does not divide 24, the width of stage 1"),
         ({"NUM_HEADS": [2]}, r"MODEL.SWIN.DEPTHS is \[2, 2\], NUM_HEADS is \[2\]"),

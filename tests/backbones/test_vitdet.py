@@ -463,7 +463,7 @@ def test_sizes_of_vit_tiny_small_and_base(configs, embed_dim, num_heads, million
     [
         ({"IMG_SIZE": 72}, r"MODEL.VIT.IMG_SIZE is 72, which MODEL.VIT.PATCH_SIZE, 16, does not divide.*64 and 80"),
         ({"SHARING": "universal"}, r"KARAT.SHARING is universal, but N.*2 × 2 = 4 in window.*4 × 4 = 16 in global"),
-        ({"RANK": 5}, r"MODEL.KARAT.RANK is 5, above N = 4, .*from 1 to 4\. N is 2 × 2 = 4 in window.*4 × 4 = 16 in global"),
+        ({"RANK": 5}, r"MODEL.KARAT.RANK is 5, above N = 4, .*from 1 to 4\. N is 2 × 2 = 4 in.*4 × 4 = 16 in global"),
         ({"GRID_SIZE": 0}, r"MODEL.KARAT.GRID_SIZE is 0. It must be a whole number, at least 1"),
         ({"BASIS": "cubic"}, r"MODEL.KARAT.BASIS is 'cubic', which is unknown. Known: fourier"),
         ({"SHARING": "half"}, r"MODEL.KARAT.SHARING is 'half'.*blockwise, universal"),
