@@ -330,9 +330,9 @@ class KArAtOperator(FunctionLayer):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Bias, mask) -> Tensor:
         """σ̂(A) V of KArAt heads, by the equations of `_activate`, reassociated so that no N×N matrix is kept."""
-        exact_query, exact_key, exact = (at_least_float32(x) for x in (query, key, value))
         if self.config.order == "project_after" and self.projector is not None and self.config.projection == "none":
             return self._project_after(query, key, value, scale, bias, mask)
+        exact_query, exact_key, exact = (at_least_float32(x) for x in (query, key, value))
         if mask is not None or self.config.projection == "simplex":
             scores = plain.scores(exact_query, exact_key, scale, bias)
             return (self._activate(scores, mask) @ exact).to(value.dtype)
@@ -356,10 +356,17 @@ class KArAtOperator(FunctionLayer):
         exact = at_least_float32(value)
         if not query.is_cuda:  # Triton's kernels make float32 scores of narrower factors
             query, key = at_least_float32(query), at_least_float32(key)
-        with_softmax = exact if self.config.residual == "softmax" else None
-        units, softmax = self.score_sums(query, key, scale, bias, mask, with_softmax, self.config.triton)
-        output = backends.project(units, self._projector(exact), exact, mask)
-        return (output if softmax is None else output + softmax).to(value.dtype)
+        residual, triton = self.config.residual == "softmax", self.config.triton
+        if isinstance(self.basis, Fourier) and self.base_function is None:
+            coefficients, projector = (x.to(exact.dtype) for x in (self.coefficients, self.projector))
+            factor = self.series_scale * self.projector_scale  # both layers are linear in it
+            output = backends.attend(
+                query, key, exact, coefficients, projector, factor, scale, bias, mask, residual, triton
+            )
+            return output.to(value.dtype)
+        units, softmax = self.score_sums(query, key, scale, bias, mask, exact if residual else None, triton)
+        output = plain.project(units, self._projector(exact), exact, mask)
+        return (output + softmax if residual else output).to(value.dtype)
 
     def _projector(self, like: Tensor) -> Tensor:
         return _scaled(self.projector, self.projector_scale, like)

@@ -52,21 +52,39 @@ def fourier_sums(
     return backend.fourier_sums(query, key, coefficients, scale, bias, mask, value)
 
 
-def project(units: Tensor, projector: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """σ̂(A) V = Φ̂[A] (Wᵀ V), from the units Φ̂[A]; with a mask (Φ̂[A] Wᵀ ∘ mask) V.
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    coefficients: Tensor,
+    projector: Tensor,
+    factor: float,
+    scale: float,
+    bias: Bias | None = None,
+    mask: Tensor | None = None,
+    residual: bool = False,
+    with_triton: bool = True,
+) -> Tensor:
+    """σ̂(A) V = Φ̂[A] (f Wᵀ V); with a mask (f Φ̂[A] Wᵀ ∘ mask) V; with the residual that + softmax(A) V.
 
-    Args:
-        units: of shape (..., heads, N, r).
+    Args: those of `fourier_sums`, and
+        value: V, of shape (..., heads, M, v).
         projector: W, of shape (heads, M, r).
-        value: V, of shape (..., heads, M, d).
-        mask: see `fourier_sums`.
+        factor: f, of W.
+        residual: whether to add softmax(A) V.
+        with_triton: whether Triton may sum on CUDA.
 
     Returns:
-        A tensor of shape (..., heads, N, d).
+        A tensor of shape (..., heads, N, v).
     """
-    if not _plain_is_forced() and cpu.can_run(units, projector, value):
-        return cpu.project(units, projector, value, mask)
-    return plain.project(units, projector, value, mask)
+    with_softmax = value if residual else None
+    backend = choose(query, key, coefficients, bias, mask, with_softmax, with_triton)
+    if backend is cpu:
+        return cpu.attend(query, key, value, coefficients, projector, factor, scale, bias, mask, residual)
+    units = backend.fourier_sums(query, key, coefficients, scale, bias, mask, with_softmax)
+    units, softmax = units if residual else (units, None)
+    output = plain.project(units, projector * factor, value, mask)
+    return output + softmax if residual else output
 
 
 def choose(

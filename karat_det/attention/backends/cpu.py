@@ -47,7 +47,7 @@ def is_available() -> bool:
 
 @functools.cache
 def _load() -> bool:
-    """Loads the library, which registers karat_det::fourier_sums and karat_det::project; compiles it if need be."""
+    """Loads the library, which registers karat_det::fourier_attention; compiles it if need be."""
     try:
         torch.ops.load_library(str(compile_library()))
     except (OSError, RuntimeError) as error:
@@ -117,6 +117,30 @@ def fourier_sums(
     value: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See `backends.fourier_sums`."""
+    inputs = query, key, coefficients, scale, bias, mask, value
+    units, attended = _run(*inputs, projector=None, factor=1.0, residual=value is not None)
+    return units if value is None else (units, attended)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    coefficients: Tensor,
+    projector: Tensor,
+    factor: float,
+    scale: float,
+    bias: Bias | None = None,
+    mask: Tensor | None = None,
+    residual: bool = False,
+) -> Tensor:
+    """See `backends.attend`."""
+    inputs = query, key, coefficients, scale, bias, mask, value
+    return _run(*inputs, projector=projector.contiguous(), factor=factor, residual=residual)[1]
+
+
+def _run(query, key, coefficients, scale, bias, mask, value, **options) -> tuple[Tensor, Tensor]:
+    """S and the output of fourier.cpp, (..., heads, N, r) and (..., heads, N, v)."""
     batch = query.shape[:-3]
     full, vertical, horizontal = bias or Bias()
     full, mask = _one_batch_dimension(full, batch), _one_batch_dimension(mask, batch)
@@ -125,29 +149,18 @@ def fourier_sums(
         mask = mask.mT.contiguous()
     if full is not None:
         full = full.float()
-    sums, attended = _FourierSums.apply(
-        query, key, coefficients.contiguous(), scale, full, vertical, horizontal, mask, value
-    )
-    sums = sums.reshape(*batch, *sums.shape[1:])
-    return sums if value is None else (sums, attended.reshape(*batch, *attended.shape[1:]))
-
-
-def project(units: Tensor, projector: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """See `backends.project`."""
-    batch = value.shape[:-3]
-    mask = _one_batch_dimension(mask, batch)
-    if mask is not None:
-        mask = mask.contiguous()
-    units = units.reshape(batch.numel(), *units.shape[-3:])
-    output = _Project.apply(units, projector.contiguous(), _rows_in_memory(value), mask)
-    return output.reshape(*batch, *output.shape[1:])
+    inputs = query, key, coefficients.contiguous(), scale, full, vertical, horizontal, mask, value
+    results = _FourierAttention.apply(*inputs, *options.values())
+    return results if len(batch) == 1 else tuple(x.reshape(*batch, *x.shape[1:]) for x in results)
 
 
 def _rows_in_memory(x: Tensor | None) -> Tensor | None:
     """(..., heads, N, *) as float32 (B, heads, N, *), the elements of a row one after the other."""
     if x is None:
         return None
-    x = x.float().reshape(x.shape[:-3].numel(), *x.shape[-3:])
+    x = x.float()
+    if x.ndim != 4:
+        x = x.reshape(x.shape[:-3].numel(), *x.shape[-3:])
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -161,64 +174,55 @@ def _one_batch_dimension(x: Tensor | None, batch: torch.Size) -> Tensor | None:
     return x.reshape(x.shape[:-3].numel(), *x.shape[-3:])
 
 
-class _FourierSums(torch.autograd.Function):
+class _FourierAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, coefficients, scale, full, vertical, horizontal, mask, value):
+    def forward(
+        ctx, query, key, coefficients, scale, full, vertical, horizontal, mask, value, projector, factor, residual
+    ):
+        ctx.set_materialize_grads(False)
         full_transposed = None if full is None else full.mT.contiguous()
-        inputs = query, key, coefficients, scale, full_transposed, vertical, horizontal, mask, value
-        sums, attended, log_totals = torch.ops.karat_det.fourier_sums(*inputs)
-        ctx.scale = scale
-        ctx.save_for_backward(*inputs[:3], full, *inputs[5:], attended, log_totals)
-        return sums, attended
+        others = vertical, horizontal, mask, value, projector
+        units, output, log_totals = torch.ops.karat_det.fourier_attention(
+            query, key, coefficients, scale, full_transposed, *others, factor, residual
+        )
+        ctx.settings = scale, factor, residual
+        kept = (output, log_totals) if residual else (None, None)
+        ctx.save_for_backward(query, key, coefficients, full, *others, units, *kept)
+        return units.mT, output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, sums_gradient, attended_gradient):
-        query, key, coefficients, full, *others, value, attended, log_totals = ctx.saved_tensors
-        if value is None:
-            attended_gradient = attended = log_totals = None
-        else:
-            attended_gradient = _rows_in_memory(attended_gradient)
+    def backward(ctx, units_gradient, output_gradient):
+        query, key, coefficients, full, *others, units, output, log_totals = ctx.saved_tensors
+        scale, factor, residual = ctx.settings
         with_full = ctx.needs_input_grad[4]
         full_transposed = None if full is None else full.mT.contiguous()
-        query, key, coefficients, full_gradient, *terms, value = torch.ops.karat_det.fourier_sums_backward(
-            _rows_in_memory(sums_gradient), attended_gradient, query, key, coefficients, ctx.scale, full_transposed,
-            *others, value, attended, log_totals, with_full,
+        query, key, coefficients, full_gradient, *gradients = torch.ops.karat_det.fourier_attention_backward(
+            units_gradient, _rows_in_memory(output_gradient), query, key, coefficients, scale, full_transposed, *others,
+            factor, residual, units, output, log_totals, with_full,
         )  # fmt: skip
+        vertical, horizontal, value, projector = gradients
         full = full_gradient.mT.sum_to_size(full.shape) if with_full else None
-        gradients = query, key, coefficients, None, full, *terms, None, value
+        gradients = query, key, coefficients, None, full, vertical, horizontal, None, value, projector, None, None
         return tuple(x if need else None for x, need in zip(gradients, ctx.needs_input_grad, strict=True))
-
-
-class _Project(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, units, projector, value, mask):
-        ctx.save_for_backward(units, projector, value, mask)
-        return torch.ops.karat_det.project(units, projector, value, mask)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        return *torch.ops.karat_det.project_backward(_rows_in_memory(gradient), *ctx.saved_tensors), None
 
 
 def _register_shapes() -> None:
     """Says what the library's operators return, for torch.compile."""
 
-    @torch.library.register_fake("karat_det::fourier_sums")
-    def _(query, key, coefficients, scale, full, vertical, horizontal, mask, value):
-        *batch, num_rows, _ = query.shape
-        width = 0 if value is None else value.shape[-1]
-        if value is None:
-            num_rows = 0
-        sums = query.new_empty(*batch, coefficients.shape[-1], query.shape[-2]).mT
-        return sums, query.new_empty(*batch, num_rows, width), query.new_empty(*batch, num_rows, 1)
-
-    @torch.library.register_fake("karat_det::fourier_sums_backward")
-    def _(sums_gradient, attended_gradient, query, key, coefficients, scale, full, vertical, horizontal, mask, value,
-          attended, log_totals, with_full):  # fmt: skip
+    @torch.library.register_fake("karat_det::fourier_attention")
+    def _(query, key, coefficients, scale, full, vertical, horizontal, mask, value, projector, factor, residual):
         batch_size, heads, num_rows, _ = query.shape
-        num_keys = key.shape[2]
+        width = 0 if value is None else value.shape[-1]
+        output = query.new_empty(batch_size, 0 if value is None else num_rows, heads, width)
+        log_totals = query.new_empty(batch_size, heads, num_rows if residual else 0, 1)
+        return query.new_empty(batch_size, heads, coefficients.shape[-1], num_rows), output.transpose(1, 2), log_totals
+
+    @torch.library.register_fake("karat_det::fourier_attention_backward")
+    def _(units_gradient, output_gradient, query, key, coefficients, scale, full, vertical, horizontal, mask, value,
+          projector, factor, residual, units, output, log_totals, with_full):  # fmt: skip
+        batch_size, heads, num_rows, _ = query.shape
+        num_keys, rank = key.shape[2], coefficients.shape[-1]
         sides = (0 if x is None else x.shape[-1] for x in (vertical, horizontal))
         return (
             query.new_empty(query.shape),
@@ -227,13 +231,5 @@ def _register_shapes() -> None:
             query.new_empty(len(full) if with_full else batch_size, heads, num_keys, num_rows if with_full else 0),
             *(query.new_empty(*query.shape[:3], side) for side in sides),
             key.new_empty(*key.shape[:3], 0 if value is None else value.shape[-1]),
+            key.new_empty(heads, 0 if projector is None else num_keys, rank),
         )
-
-    @torch.library.register_fake("karat_det::project")
-    def _(units, projector, value, mask):
-        batch_size, heads, num_rows, _ = units.shape
-        return units.new_empty(batch_size, num_rows, heads, value.shape[-1]).transpose(1, 2)
-
-    @torch.library.register_fake("karat_det::project_backward")
-    def _(gradient, units, projector, value, mask):
-        return tuple(x.new_empty(x.shape) for x in (units, projector, value))

@@ -1,17 +1,19 @@
-// Sums of Fourier series over attention scores that are never in memory, for the CPU, in float32.
+// Attention by sums of Fourier series over scores that are never in memory, for the CPU, in float32.
 //
 // With scores A = scale · Q Kᵀ + bias, (N, M) for each item of a batch and each head, the operator needs for p = 1..r
 //
-//     S_kp = Σ_q Σ_m a_pqm cos(m A_kq) + b_pqm sin(m A_kq),
+//     S_kp = Σ_q Σ_m a_pqm cos(m A_kq) + b_pqm sin(m A_kq),   output = S U with U = f Wᵀ V, (r, v), f a fixed factor,
 //
-// and residual softmax also softmax(A) V. From dS, the gradient of S, the backward pass forms
+// and the residual adds softmax(A) V. From dO, the gradient of the output, the backward pass forms dS = dO Uᵀ and
 //
 //     dA_kq = Σ_m m (cos(m A_kq) Σ_p b_pqm dS_kp − sin(m A_kq) Σ_p a_pqm dS_kp),
-//     dQ = scale · dA K,   dK = scale · dAᵀ Q,   da_pqm = Σ_k cos(m A_kq) dS_kp,   db_pqm = Σ_k sin(m A_kq) dS_kp.
+//     dQ = scale · dA K,   dK = scale · dAᵀ Q,   da_pqm = Σ_k cos(m A_kq) dS_kp,   db_pqm = Σ_k sin(m A_kq) dS_kp,
+//     dU = Sᵀ dO,   dV = f W dU,   dW = f V dUᵀ.
 //
 // A thread works on a tile of scores: at most kRows queries and kKeys keys of one item and head, which stay in its cache.
 // A tile is transposed, keys × queries, so that a vector register holds queries. Scores, sines and cosines are formed
-// again in the backward pass. Where a query does not see a key, cosine and sine are 0, and so is the score's gradient.
+// again in the backward pass. Where a query does not see a key, cosine and sine are 0, and so is the score's gradient; the
+// output is (f S Wᵀ ∘ mask) V then, tile by tile.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -91,15 +93,23 @@ int64_t whole_vectors(int64_t size) { return (size + kLanes - 1) / kLanes * kLan
 
 struct Floats {  // zeros
   explicit Floats(int64_t size)
-      : data(static_cast<float*>(std::aligned_alloc(64, (size * sizeof(float) + 64) / 64 * 64)), std::free) {
-    std::fill_n(data.get(), size, 0.0f);
+      : size(size), data(static_cast<float*>(std::aligned_alloc(64, (size * sizeof(float) + 64) / 64 * 64)), std::free) {
+    clear();
   }
+  void scale(float factor) {
+    for (int64_t i = 0; i < size; i++) data.get()[i] *= factor;
+  }
+  void clear() { std::fill_n(data.get(), size, 0.0f); }
   operator float*() const { return data.get(); }
+
+  int64_t size;
   std::unique_ptr<float, void (*)(void*)> data;
 };
 
 // Elements with the distances from one row, and from one column, to the next.
 struct Matrix {
+  Matrix transposed() const { return {at, column, row}; }
+
   const float* at;
   int64_t row, column;
 };
@@ -260,24 +270,28 @@ struct Inputs {
   Inputs(
       const Tensor& query, const Tensor& key, const Tensor& coefficients, double scale, const optional<Tensor>& full,
       const optional<Tensor>& vertical, const optional<Tensor>& horizontal, const optional<Tensor>& mask,
-      const optional<Tensor>& value)
+      const optional<Tensor>& value, const optional<Tensor>& projector, double factor, bool residual)
       : query(query), key(key), full(full), vertical(vertical), horizontal(horizontal), value(value), mask(mask),
-        coefficients(coefficients.const_data_ptr<float>()), scale(scale), items(query.size(0)), heads(query.size(1)),
-        rows(query.size(2)), keys(key.size(2)), width(query.size(3)), grid_size(coefficients.size(2)),
-        rank(coefficients.size(4)), values(value ? value->size(3) : 0), grid_rows(vertical ? vertical->size(3) : 0),
+        coefficients(coefficients.const_data_ptr<float>()), projector(projector ? projector->const_data_ptr<float>() : nullptr),
+        scale(scale), factor(factor), residual(residual), items(query.size(0)), heads(query.size(1)), rows(query.size(2)),
+        keys(key.size(2)), width(query.size(3)), grid_size(coefficients.size(2)), rank(coefficients.size(4)),
+        values(value ? value->size(3) : 0), grid_rows(vertical ? vertical->size(3) : 0),
         grid_columns(horizontal ? horizontal->size(3) : 0) {}
 
   // a_pqm, of kind 0, or b_pqm, of kind 1, from a key on: (M, r).
   Matrix weights(int64_t head, int64_t kind, int64_t m, int64_t first_key) const {
     return {coefficients + (((head * 2 + kind) * grid_size + m - 1) * keys + first_key) * rank, rank, 1};
   }
+  // W from a key on: (M, r).
+  Matrix projector_of(int64_t head, int64_t first_key = 0) const { return {projector + (head * keys + first_key) * rank, rank, 1}; }
   int64_t tiles() const { return (rows + kRows - 1) / kRows; }
   int64_t key_blocks() const { return (keys + kKeys - 1) / kKeys; }
 
   Matrices<float> query, key, full, vertical, horizontal, value;
-  Matrices<bool> mask;
-  const float* coefficients;  // (heads, 2, G, M, r)
-  float scale;
+  Matrices<bool> mask;  // (B, heads, M, N), as full is
+  const float *coefficients, *projector;  // (heads, 2, G, M, r), (heads, M, r)
+  float scale, factor;
+  bool residual;
   int64_t items, heads, rows, keys, width, grid_size, rank, values, grid_rows, grid_columns;
 };
 
@@ -286,13 +300,20 @@ class Tile {
  public:
   explicit Tile(const Inputs& in)
       : scores(kKeys * kRows), cosines(kKeys * kRows), sines(kKeys * kRows), visible(kKeys * kRows),
-        key_rows(in.keys * whole_vectors(in.width)), in(in), first_cosines(kKeys * kRows), first_sines(kKeys * kRows),
-        queries(in.width * kRows), vertical(in.grid_rows * kRows), horizontal(in.grid_columns * kRows) {}
+        key_rows(in.keys * whole_vectors(in.width)), value_rows(in.keys * whole_vectors(in.values)),
+        in(in), first_cosines(kKeys * kRows),
+        first_sines(kKeys * kRows), queries(in.width * kRows), vertical(in.grid_rows * kRows), horizontal(in.grid_columns * kRows) {}
 
-  void go_to(int64_t next_item, int64_t next_head) {
-    if (item == next_item && head == next_head) return;
+  // Whether it went to another item or head.
+  bool go_to(int64_t next_item, int64_t next_head) {
+    if (item == next_item && head == next_head) return false;
     item = next_item, head = next_head;
     copy(in.key.at(item, head), in.key.row, in.keys, in.width, key_rows, whole_vectors(in.width));
+    if (in.value) copy(in.value.at(item, head), in.value.row, in.keys, in.values, value_rows, whole_vectors(in.values));
+    masked = false;
+    for (int64_t q = 0; in.mask && !masked && q < (in.mask.row ? in.keys : 1); q++)
+      masked = std::memchr(in.mask.at(item, head) + q * in.mask.row, 0, in.mask.column ? in.rows : 1);
+    return true;
   }
 
   void go_to_rows(int64_t tile) {
@@ -311,15 +332,21 @@ class Tile {
 
   const float* rows_of(const Matrices<float>& from) const { return from.at(item, head) + first_row * from.row; }
 
-  // Forms the scores.
+  // Goes to a block of keys, and looks which of them the queries see.
   void go_to_keys(int64_t block) {
     first_key = in.keys * block / in.key_blocks();
     keys = in.keys * (block + 1) / in.key_blocks() - first_key;
+    for (int64_t q = 0; masked && q < keys; q++) {
+      const bool* from = in.mask.at(item, head) + (first_key + q) * in.mask.row + first_row * in.mask.column;
+      for (int64_t k = 0; k < rows; k++) visible[q * kRows + k] = from[k * in.mask.column];
+    }
+  }
+
+  void form_scores() {
     if (in.vertical) add_grid();
     if (in.full) add_full();
     int64_t width = whole_vectors(in.width);
     multiply(keys, columns, in.width, {key_rows + first_key * width, width, 1}, queries, kRows, scores, kRows, in.vertical || in.full);
-    if (in.mask) see();
   }
 
   // Forms cos(m A) and sin(m A), for m = 1, 2, … in turn.
@@ -331,7 +358,7 @@ class Tile {
         Vector score = load(scores + place);
         large |= absolute(score) > kReducible;
         cosine_and_sine(score, cosine, sine);
-        if (in.mask) cosine *= load(visible + place), sine *= load(visible + place);
+        if (masked) cosine *= load(visible + place), sine *= load(visible + place);
         if (in.grid_size > 1) store(first_cosines + place, cosine), store(first_sines + place, sine);
       } else {
         Vector c = load(cosines + place), s = load(sines + place);
@@ -345,6 +372,11 @@ class Tile {
     if (any) reduce_large();
   }
 
+  // f · (matrix ∘ mask), for a matrix keys × rows.
+  void scale_visible(float* matrix) const {
+    for_each_vector([&](int64_t place, int64_t) { store(matrix + place, in.factor * load(visible + place) * load(matrix + place)); });
+  }
+
   template <typename Work>
   void for_each_vector(const Work& work) const {
     for (int64_t q = 0; q < keys; q++)
@@ -352,10 +384,11 @@ class Tile {
   }
 
   int64_t item = -1, head = -1;
+  bool masked;  // some query of the item and head does not see a key
   int64_t first_row, rows, columns;  // queries of the tile, and the elements of whole vectors of them
   int64_t first_key, keys;
   Floats scores, cosines, sines, visible;  // (keys, kRows)
-  Floats key_rows;  // (M, d in whole vectors)
+  Floats key_rows, value_rows;  // K and V: (M, d or v in whole vectors)
 
  private:
   void add_grid() {
@@ -376,18 +409,11 @@ class Tile {
     }
   }
 
-  void see() {
-    for (int64_t q = 0; q < keys; q++) {
-      const bool* from = in.mask.at(item, head) + (first_key + q) * in.mask.row + first_row * in.mask.column;
-      for (int64_t k = 0; k < rows; k++) visible[q * kRows + k] = from[k * in.mask.column];
-    }
-  }
-
   void reduce_large() {
     for (int64_t q = 0; q < keys; q++)
       for (int64_t place = q * kRows; place < q * kRows + rows; place++) {
         if (std::abs(scores[place]) <= kReducible) continue;
-        float factor = in.mask ? visible[place] : 1.0f;
+        float factor = masked ? visible[place] : 1.0f;
         cosines[place] = factor * std::cos(scores[place]), sines[place] = factor * std::sin(scores[place]);
         if (in.grid_size > 1) first_cosines[place] = cosines[place], first_sines[place] = sines[place];
       }
@@ -403,8 +429,7 @@ class Tile {
 class Softmax {
  public:
   explicit Softmax(const Inputs& in)
-      : in(in), exponentials(kKeys * kRows), attended(in.values * kRows), attended_rows(kRows * whole_vectors(in.values)),
-        highest(kRows), totals(kRows) {}
+      : in(in), exponentials(kKeys * kRows), attended(in.values * kRows), highest(kRows), totals(kRows) {}
 
   void add(const Tile& tile) {
     if (tile.first_key == 0) std::fill_n(highest + 0, kRows, kLowest), std::fill_n(totals + 0, kRows, 0.0f);
@@ -424,22 +449,19 @@ class Softmax {
       for (int64_t place = k; tile.first_key && place < in.values * kRows; place += kRows)
         store(attended + place, load(attended + place) * factor);
     }
-    Matrix values = {in.value.at(tile.item, tile.head) + tile.first_key * in.value.row, 1, in.value.row};
-    multiply(in.values, tile.columns, tile.keys, values, exponentials, kRows, attended, kRows, tile.first_key);
+    int64_t values = whole_vectors(in.values);
+    Matrix transposed = {tile.value_rows + tile.first_key * values, 1, values};
+    multiply(in.values, tile.columns, tile.keys, transposed, exponentials, kRows, attended, kRows, tile.first_key);
   }
 
-  // Writes softmax(A) V, (rows, v), and log Σ_q exp A_kq.
+  // Writes softmax(A) V, (rows, v in whole vectors), and log Σ_q exp A_kq.
   void finish(const Tile& tile, float* to, float* log_totals) {
     for (int64_t k = 0; k < tile.columns; k += kLanes) {
       Vector factor = 1 / load(totals + k);
       for (int64_t place = k; place < in.values * kRows; place += kRows) store(attended + place, factor * load(attended + place));
     }
-    int64_t width = whole_vectors(in.values);
-    transpose(attended, kRows, in.values, tile.rows, attended_rows, width);
-    for (int64_t k = 0; k < tile.rows; k++) {
-      std::copy_n(attended_rows + k * width, in.values, to + k * in.values);
-      log_totals[k] = highest[k] + std::log(totals[k]);
-    }
+    transpose(attended, kRows, in.values, tile.rows, to, whole_vectors(in.values));
+    for (int64_t k = 0; k < tile.rows; k++) log_totals[k] = highest[k] + std::log(totals[k]);
   }
 
  private:
@@ -447,333 +469,355 @@ class Softmax {
 
   Vector seen_score(const Tile& tile, int64_t place) const {
     Vector score = load(tile.scores + place);
-    return in.mask ? select(load(tile.visible + place) != 0, score, Vector{} + 2 * kLowest) : score;
+    return tile.masked ? select(load(tile.visible + place) != 0, score, Vector{} + 2 * kLowest) : score;
   }
 
   const Inputs& in;
-  Floats exponentials, attended, attended_rows, highest, totals;
+  Floats exponentials, attended, highest, totals;
 };
 
-// S, (B, heads, N, r), and with a value softmax(A) V, (B, heads, N, v), and log Σ_q exp A_kq, (B, heads, N, 1).
-std::tuple<Tensor, Tensor, Tensor> fourier_sums(
+// ---- Forward ----
+
+// S, (B, heads, r, N); with a projector or the residual the output, (B, heads, N, v); with the residual log Σ_q exp A_kq,
+// (B, heads, N, 1).
+std::tuple<Tensor, Tensor, Tensor> fourier_attention(
     const Tensor& query, const Tensor& key, const Tensor& coefficients, double scale, const optional<Tensor>& full,
     const optional<Tensor>& vertical, const optional<Tensor>& horizontal, const optional<Tensor>& mask,
-    const optional<Tensor>& value) {
-  Inputs in(query, key, coefficients, scale, full, vertical, horizontal, mask, value);
-  // Queries follow each other, as in a tile.
-  Tensor sums = at::empty({in.items, in.heads, in.rank, in.rows}, query.options());
-  Tensor attended = at::empty({in.items, in.heads, value ? in.rows : 0, in.values}, query.options());
-  Tensor log_totals = at::empty({in.items, in.heads, value ? in.rows : 0, 1}, query.options());
-  float *to_sums = sums.data_ptr<float>(), *to_attended = attended.data_ptr<float>(),
-        *to_log_totals = log_totals.data_ptr<float>();
+    const optional<Tensor>& value, const optional<Tensor>& projector, double factor, bool residual) {
+  Inputs in(query, key, coefficients, scale, full, vertical, horizontal, mask, value, projector, factor, residual);
+  int64_t values = whole_vectors(in.values);
+  // In memory queries follow each other in S, as in a tile, and heads in the output, as torch's attention leaves them.
+  Tensor units = at::empty({in.items, in.heads, in.rank, in.rows}, query.options());
+  Tensor output = at::empty({in.items, value ? in.rows : 0, in.heads, in.values}, query.options());
+  Tensor log_totals = at::empty({in.items, in.heads, residual ? in.rows : 0, 1}, query.options());
+  float *to_units = units.data_ptr<float>(), *to_output = output.data_ptr<float>(), *to_log_totals = log_totals.data_ptr<float>();
 
   at::parallel_for(0, in.items * in.heads * in.tiles(), 1, [&](int64_t begin, int64_t end) {
     Tile tile(in);
     Softmax softmax(in);
-    Floats tile_sums(in.rank * kRows);
+    Floats sums(in.rank * kRows), mixed(in.rank * values), weights(kKeys * kRows), outputs(kRows * values);
     for (int64_t task = begin; task < end; task++) {
       int64_t place = task / in.tiles();
-      tile.go_to(place / in.heads, place % in.heads);
+      bool moved = tile.go_to(place / in.heads, place % in.heads);
+      if (moved && projector && !tile.masked) {  // U = f Wᵀ V, (r, v)
+        multiply(in.rank, values, in.keys, in.projector_of(tile.head).transposed(), tile.value_rows, values, mixed, values, false);
+        mixed.scale(in.factor);
+      }
       tile.go_to_rows(task % in.tiles());
       for (int64_t block = 0; block < in.key_blocks(); block++) {
         tile.go_to_keys(block);
-        if (value) softmax.add(tile);
+        tile.form_scores();
+        if (residual) softmax.add(tile);
         for (int64_t m = 1; m <= in.grid_size; m++) {
           tile.go_to_harmonic(m);
           for (int kind : {0, 1}) {
-            Matrix weights = in.weights(tile.head, kind, m, tile.first_key);
-            std::swap(weights.row, weights.column);
-            multiply(in.rank, tile.columns, tile.keys, weights, kind ? tile.sines : tile.cosines, kRows, tile_sums, kRows, block || m > 1 || kind);
+            Matrix weights = in.weights(tile.head, kind, m, tile.first_key).transposed();
+            multiply(in.rank, tile.columns, tile.keys, weights, kind ? tile.sines : tile.cosines, kRows, sums, kRows, block || m > 1 || kind);
           }
         }
       }
       for (int64_t p = 0; p < in.rank; p++)
-        std::copy_n(tile_sums + p * kRows, tile.rows, to_sums + (place * in.rank + p) * in.rows + tile.first_row);
-      int64_t row = place * in.rows + tile.first_row;
-      if (value) softmax.finish(tile, to_attended + row * in.values, to_log_totals + row);
+        std::copy_n(sums + p * kRows, tile.rows, to_units + (place * in.rank + p) * in.rows + tile.first_row);
+      if (!value) continue;
+
+      if (residual) softmax.finish(tile, outputs, to_log_totals + place * in.rows + tile.first_row);
+      if (projector && !tile.masked) multiply(tile.rows, values, in.rank, {sums, 1, kRows}, mixed, values, outputs, values, residual);
+      for (int64_t block = 0; projector && tile.masked && block < in.key_blocks(); block++) {
+        tile.go_to_keys(block);
+        multiply(tile.keys, tile.columns, in.rank, in.projector_of(tile.head, tile.first_key), sums, kRows, weights, kRows, false);
+        tile.scale_visible(weights);
+        multiply(tile.rows, values, tile.keys, {weights, 1, kRows}, tile.value_rows + tile.first_key * values, values, outputs, values, residual || block);
+      }
+      for (int64_t k = 0; k < tile.rows; k++)
+        std::copy_n(outputs + k * values, in.values, to_output + ((tile.item * in.rows + tile.first_row + k) * in.heads + tile.head) * in.values);
     }
   });
-  return {sums.transpose(2, 3), attended, log_totals};
+  return {units, output.transpose(1, 2), log_totals};
 }
+
+// ---- Backward ----
 
 // Sums along the first dimension.
 Tensor sum_parts(const Tensor& parts) { return parts.size(0) == 1 ? parts.squeeze(0) : parts.sum(0); }
 
-// The gradients of query, key, coefficients, full, of all heads, vertical, horizontal and value. Those of absent inputs are
-// empty, as is that of full without with_full.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fourier_sums_backward(
-    const Tensor& sums_gradient, const optional<Tensor>& attended_gradient, const Tensor& query, const Tensor& key,
-    const Tensor& coefficients, double scale, const optional<Tensor>& full, const optional<Tensor>& vertical,
-    const optional<Tensor>& horizontal, const optional<Tensor>& mask, const optional<Tensor>& value,
-    const optional<Tensor>& attended, const optional<Tensor>& log_totals, bool with_full) {
-  Inputs in(query, key, coefficients, scale, full, vertical, horizontal, mask, value);
-  Matrices<float> units_gradients(sums_gradient), attended_gradients(attended_gradient), attended_rows(attended),
-      log_total_rows(log_totals);
-  int64_t rank = whole_vectors(in.rank), width = whole_vectors(in.width), values = whole_vectors(in.values);
+// A task of the backward pass: some items, heads and tiles.
+struct Task {
+  int64_t index, first_item, end_item, first_head, end_head, first_tile, end_tile;
+};
 
-  // A task adds up the gradients of one head's coefficients. Where heads are few, several tasks share its items, and where
-  // items are few, the tiles of each.
-  int64_t wanted = (4 * at::get_num_threads() + in.heads - 1) / in.heads;
-  int64_t groups = std::clamp<int64_t>(in.items, 1, wanted), parts = std::min(in.tiles(), (wanted + groups - 1) / groups);
+// Shares the work out to tasks, as evenly among threads as it goes. Tasks for the same heads add up gradients of their own.
+class Plan {
+ public:
+  explicit Plan(const Inputs& in) : in(in) {
+    int64_t threads = at::get_num_threads();
+    items = in.items >= 8 * threads ? threads : std::max<int64_t>(1, std::gcd(in.items, threads));
+    heads = std::gcd(in.heads, threads / items);
+    tiles = std::clamp<int64_t>(threads / (items * heads), 1, std::max<int64_t>(1, in.tiles()));
+    if (items * heads * tiles < threads) heads = in.heads;
+  }
+  int64_t sums() const { return items * tiles; }
+  int64_t size() const { return heads * sums(); }
 
-  auto options = query.options();
-  Tensor query_gradient = at::empty({in.items, in.heads, in.rows, in.width}, options);
-  Tensor key_gradients = at::empty({parts, in.items, in.heads, in.keys, in.width}, options);
-  Tensor coefficients_gradients = at::zeros({groups * parts, in.heads, 2, in.grid_size, in.keys, rank}, options);
-  bool share_full = with_full && full->size(0) == 1;
-  Tensor full_gradients = at::zeros({share_full ? groups : in.items, in.heads, in.keys, with_full ? in.rows : 0}, options);
-  Tensor vertical_gradient = at::empty({in.items, in.heads, in.rows, in.grid_rows}, options);
-  Tensor horizontal_gradient = at::empty({in.items, in.heads, in.rows, in.grid_columns}, options);
-  Tensor value_gradients = at::empty({parts, in.items, in.heads, in.keys, in.values}, options);
-  float *to_query = query_gradient.data_ptr<float>(), *to_keys = key_gradients.data_ptr<float>(),
-        *to_coefficients = coefficients_gradients.data_ptr<float>(), *to_full = full_gradients.data_ptr<float>(),
-        *to_vertical = vertical_gradient.data_ptr<float>(), *to_horizontal = horizontal_gradient.data_ptr<float>(),
-        *to_values = value_gradients.data_ptr<float>();
+  Task operator[](int64_t task) const {
+    int64_t head = task / sums(), item = task / tiles % items, tile = task % tiles;
+    return {item * tiles + tile, in.items * item / items, in.items * (item + 1) / items,
+            in.heads * head / heads, in.heads * (head + 1) / heads,
+            in.tiles() * tile / tiles, in.tiles() * (tile + 1) / tiles};
+  }
 
-  at::parallel_for(0, in.heads * groups * parts, 1, [&](int64_t begin, int64_t end) {
-    Tile tile(in);
-    // Of the rows of a tile: rows × channels, and channels × rows.
-    Floats queries(kRows * width), units(kRows * rank), units_transposed(in.rank * kRows);
-    Floats outputs(kRows * values), outputs_transposed(in.values * kRows), attended_transposed(in.values * kRows);
-    Floats log_total(kRows), mean(kRows);
-    // Of a tile: keys × rows.
-    Floats with_sines(kKeys * kRows), with_cosines(kKeys * kRows), softmax(kKeys * kRows), scores(kKeys * kRows);
-    // Gradients so far.
-    Floats query_rows(kRows * width), key_rows(in.keys * width), value_rows(in.keys * values);
-    Floats grid_rows(in.grid_rows * kRows), grid_columns(in.grid_columns * kRows);
+  int64_t items, heads, tiles;  // how many parts each is cut into
 
-    for (int64_t task = begin; task < end; task++) {
-      int64_t head = task / (groups * parts), group = task / parts % groups, part = task % parts;
-      float* weights = to_coefficients + ((group * parts + part) * in.heads + head) * 2 * in.grid_size * in.keys * rank;
-      for (int64_t item = in.items * group / groups; item < in.items * (group + 1) / groups; item++) {
-        tile.go_to(item, head);
-        std::fill_n(key_rows + 0, in.keys * width, 0.0f);
-        std::fill_n(value_rows + 0, in.keys * values, 0.0f);
-        for (int64_t t = in.tiles() * part / parts; t < in.tiles() * (part + 1) / parts; t++) {
-          tile.go_to_rows(t);
-          int64_t rows = tile.rows, columns = tile.columns, row = (item * in.heads + head) * in.rows + tile.first_row;
-          copy(tile.rows_of(in.query), in.query.row, rows, in.width, queries, width);
-          copy(tile.rows_of(units_gradients), units_gradients.row, rows, in.rank, units, rank);
-          tile.transpose_rows(units_gradients, in.rank, units_transposed);
-          if (value) {
-            copy(tile.rows_of(attended_gradients), attended_gradients.row, rows, in.values, outputs, values);
-            tile.transpose_rows(attended_gradients, in.values, outputs_transposed);
-            std::copy_n(tile.rows_of(log_total_rows), rows, log_total + 0);
-            tile.transpose_rows(attended_rows, in.values, attended_transposed);
-            std::fill_n(mean + 0, kRows, 0.0f);
-            for (int64_t v = 0; v < in.values; v++)
-              for (int64_t k = v * kRows; k < v * kRows + columns; k += kLanes)
-                store(mean + k % kRows, load(mean + k % kRows) + load(outputs_transposed + k) * load(attended_transposed + k));
-          }
-          std::fill_n(grid_rows + 0, in.grid_rows * kRows, 0.0f);
-          std::fill_n(grid_columns + 0, in.grid_columns * kRows, 0.0f);
+ private:
+  const Inputs& in;
+};
 
-          for (int64_t block = 0; block < in.key_blocks(); block++) {
-            tile.go_to_keys(block);
-            int64_t first_key = tile.first_key, keys = tile.keys;
-            if (value) {
-              // With P = softmax(A) and dP = dO Vᵀ, dA = P ∘ (dP − Σ_q P dP), and that sum is dO · O.
-              Matrix values_ = {in.value.at(item, head) + first_key * in.value.row, in.value.row, 1};
-              multiply(keys, columns, in.values, values_, outputs_transposed, kRows, scores, kRows, false);
-              tile.for_each_vector([&](int64_t place, int64_t k) {
-                Vector p = exponential(load(tile.scores + place) - load(log_total + k));
-                if (mask) p *= load(tile.visible + place);
-                store(softmax + place, p);
-                store(scores + place, p * (load(scores + place) - load(mean + k)));
-              });
-              multiply(keys, values, rows, {softmax, kRows, 1}, outputs, values, value_rows + first_key * values, values, true);
-            }
-            for (int64_t m = 1; m <= in.grid_size; m++) {
-              tile.go_to_harmonic(m);
-              float* a = weights + ((m - 1) * in.keys + first_key) * rank;
-              float* b = a + in.grid_size * in.keys * rank;
-              multiply(keys, rank, rows, {tile.cosines, kRows, 1}, units, rank, a, rank, true);
-              multiply(keys, rank, rows, {tile.sines, kRows, 1}, units, rank, b, rank, true);
-              multiply(keys, columns, in.rank, in.weights(head, 0, m, first_key), units_transposed, kRows, with_cosines, kRows, false);
-              multiply(keys, columns, in.rank, in.weights(head, 1, m, first_key), units_transposed, kRows, with_sines, kRows, false);
-              tile.for_each_vector([&](int64_t place, int64_t) {
-                Vector slope = load(tile.cosines + place) * load(with_sines + place) - load(tile.sines + place) * load(with_cosines + place);
-                store(scores + place, m > 1 || value ? load(scores + place) + float(m) * slope : slope);
-              });
-            }
-            multiply(rows, width, keys, {scores, 1, kRows}, tile.key_rows + first_key * width, width, query_rows, width, block);
-            multiply(keys, width, rows, {scores, kRows, 1}, queries, width, key_rows + first_key * width, width, true);
-            if (vertical)
-              tile.for_each_vector([&](int64_t place, int64_t k) {
-                int64_t q = first_key + place / kRows;
-                float *down = grid_rows + q / in.grid_columns * kRows + k, *across = grid_columns + q % in.grid_columns * kRows + k;
-                store(down, load(down) + load(scores + place)), store(across, load(across) + load(scores + place));
-              });
-            for (int64_t q = 0; with_full && q < keys; q++) {
-              int64_t place = ((share_full ? group : item) * in.heads + head) * in.keys + first_key + q;
-              for (int64_t k = 0; k < rows; k++) to_full[place * in.rows + tile.first_row + k] += scores[q * kRows + k];
-            }
-          }
-          for (int64_t k = 0; k < rows; k++)
-            for (int64_t c = 0; c < in.width; c++) to_query[(row + k) * in.width + c] = in.scale * query_rows[k * width + c];
-          for (int64_t k = 0; k < rows; k++) {
-            for (int64_t y = 0; y < in.grid_rows; y++) to_vertical[(row + k) * in.grid_rows + y] = grid_rows[y * kRows + k];
-            for (int64_t x = 0; x < in.grid_columns; x++) to_horizontal[(row + k) * in.grid_columns + x] = grid_columns[x * kRows + k];
-          }
-        }
-        int64_t first = ((part * in.items + item) * in.heads + head) * in.keys;
-        for (int64_t q = 0; q < in.keys; q++) {
-          for (int64_t c = 0; c < in.width; c++) to_keys[(first + q) * in.width + c] = in.scale * key_rows[q * width + c];
-          for (int64_t v = 0; v < in.values; v++) to_values[(first + q) * in.values + v] = value_rows[q * values + v];
-        }
-      }
-    }
-  });
-  return {
-      query_gradient,
-      sum_parts(key_gradients),
-      sum_parts(coefficients_gradients).narrow(-1, 0, in.rank).contiguous(),
-      share_full ? sum_parts(full_gradients).unsqueeze(0) : full_gradients,
-      vertical_gradient,
-      horizontal_gradient,
-      sum_parts(value_gradients)};
-}
+// What the backward pass is given beside the inputs.
+struct Given {
+  Matrices<float> d_units, d_output;  // gradients of S, (B, heads, N, r), and of the output, (B, heads, N, v); absent ones are 0
+  Matrices<float> units, output, log_totals;  // results of the forward pass: S, (B, heads, r, N), and so on
+};
 
-// ---- The product with the values ----
+// The gradients of a task's coefficients and projectors; and of what belongs to one item and head, and to one tile, in turn.
+// dX is the gradient of X.
+class Gradients {
+ public:
+  Gradients(const Inputs& in, const Given& given, int64_t heads)
+      : tile(in), rank(whole_vectors(in.rank)), width(whole_vectors(in.width)), values(whole_vectors(in.values)),
+        d_coefficients(heads * 2 * in.grid_size * in.keys * rank), d_projectors(in.projector ? heads * in.keys * rank : 0),
+        d_keys(in.keys * width), d_values(in.keys * values), d_queries(kRows * width), d_vertical(in.grid_rows * kRows),
+        d_horizontal(in.grid_columns * kRows), d_scores(kKeys * kRows), in(in), given(given),
+        projector_rows(in.projector ? in.keys * rank : 0), queries(kRows * width),
+        units(in.rank * kRows), unit_rows(kRows * rank), d_units(in.rank * kRows), d_unit_rows(kRows * rank),
+        d_outputs(kRows * values), d_outputs_transposed(in.values * kRows), log_totals(kRows), mean(kRows),
+        with_cosines(kKeys * kRows), with_sines(kKeys * kRows), weights(kKeys * kRows), mixed(in.values * rank),
+        d_mixed(in.rank * values), d_mixed_transposed(in.values * rank) {}
 
-// out_k = Σ_q v_kq (Σ_p S_kp W_qp) V_q for units S, (N, r), the projector W, (M, r), values V and a mask v. Queries that see
-// the same keys share U = Wᵀ V over these keys, (r, d), and have out = S U. Without a mask these are all.
-struct Projection {
-  Projection(const Tensor& units, const Tensor& projector, const Tensor& value, const optional<Tensor>& mask)
-      : units(units), value(value), mask(mask), projector(projector.const_data_ptr<float>()), items(units.size(0)),
-        heads(units.size(1)), rows(units.size(2)), rank(units.size(3)), keys(value.size(2)), width(value.size(3)) {}
-
-  // Calls work(queries, keys) for each set of queries that see the same keys.
-  template <typename Work>
-  void for_each_group(int64_t item, int64_t head, const Work& work) const {
-    std::vector<int64_t> queries(rows), seen(keys);
-    std::iota(queries.begin(), queries.end(), 0), std::iota(seen.begin(), seen.end(), 0);
-    if (!mask) return work(queries, seen);
-    const bool* start = mask.at(item, head);
-    auto row = [&](int64_t k) { return start + k * mask.row; };
-    auto less = [&](int64_t k, int64_t l) { return std::memcmp(row(k), row(l), mask.column ? keys : 1) < 0; };
-    std::stable_sort(queries.begin(), queries.end(), less);
-    for (auto first = queries.begin(); first != queries.end();) {
-      auto last = std::upper_bound(first, queries.end(), *first, less);
-      seen.clear();
-      for (int64_t q = 0; q < keys; q++)
-        if (row(*first)[q * mask.column]) seen.push_back(q);
-      work(std::vector<int64_t>(first, last), seen);
-      first = last;
+  void start(int64_t item, int64_t head, int64_t head_of_task) {
+    tile.go_to(item, head);
+    d_weights = d_coefficients + head_of_task * 2 * in.grid_size * in.keys * rank;
+    d_projector = d_projectors + (in.projector ? head_of_task * in.keys * rank : 0);
+    if (in.projector) copy(in.projector_of(head).at, in.rank, in.keys, in.rank, projector_rows, rank);
+    d_keys.clear(), d_values.clear(), d_mixed.clear();
+    if (in.projector && !tile.masked) {  // Uᵀ = f Vᵀ W, (v, r)
+      multiply(in.values, rank, in.keys, {tile.value_rows, 1, values}, projector_rows, rank, mixed, rank, false);
+      mixed.scale(in.factor);
     }
   }
 
-  Matrices<float> units, value;
-  Matrices<bool> mask;  // (B, heads, N, M)
-  const float* projector;  // (heads, M, r)
-  int64_t items, heads, rows, rank, keys, width;
-};
+  // Forms dS, and of the residual the mean of dP for P = softmax(A), which is Σ_q P_kq dP_kq.
+  void start_rows(int64_t t) {
+    tile.go_to_rows(t);
+    copy(tile.rows_of(in.query), in.query.row, tile.rows, in.width, queries, width);
+    d_vertical.clear(), d_horizontal.clear(), d_unit_rows.clear(), mean.clear();
+    if (given.d_output) {
+      copy(tile.rows_of(given.d_output), given.d_output.row, tile.rows, in.values, d_outputs, values);
+      if (in.residual || tile.masked) tile.transpose_rows(given.d_output, in.values, d_outputs_transposed);
+      if (in.projector) project_back();
+      if (in.residual) form_mean();
+    }
+    if (given.d_units)
+      for (int64_t k = 0; k < tile.rows; k++)
+        for (int64_t p = 0; p < in.rank; p++)
+          d_unit_rows[k * rank + p] += tile.rows_of(given.d_units)[k * given.d_units.row + p * given.d_units.column];
+    transpose(d_unit_rows, rank, tile.rows, in.rank, d_units, kRows);
+  }
 
-// Some rows of a matrix: as they are where these are all, and whole vectors or any number of columns will do; else in a
-// buffer, with zeros up to whole vectors.
-Matrix some_rows(Matrix from, int64_t rows, int64_t columns, const std::vector<int64_t>& which, float* buffer, bool whole) {
-  if (int64_t(which.size()) == rows && (!whole || (from.column == 1 && columns % kLanes == 0))) return from;
-  int64_t row = whole_vectors(columns);
-  for (size_t i = 0; i < which.size(); i++)
-    for (int64_t j = 0; j < columns; j++) buffer[i * row + j] = from.at[which[i] * from.row + j * from.column];
-  return {buffer, row, 1};
-}
-
-// out, (B, heads, N, d).
-Tensor project(const Tensor& units, const Tensor& projector, const Tensor& value, const optional<Tensor>& mask) {
-  Projection in(units, projector, value, mask);
-  int64_t rank = whole_vectors(in.rank), width = whole_vectors(in.width);
-  // In memory heads are joined, as torch's attention leaves them.
-  Tensor output = at::empty({in.items, in.rows, in.heads, in.width}, units.options());
-  float* to_output = output.data_ptr<float>();
-  at::parallel_for(0, in.items * in.heads, 1, [&](int64_t begin, int64_t end) {
-    Floats units_buffer(in.rows * rank), weights_buffer(in.keys * rank), values_buffer(in.keys * width);
-    Floats mixed(in.rank * width), products(in.rows * width);
-    for (int64_t task = begin; task < end; task++) {
-      int64_t item = task / in.heads, head = task % in.heads;
-      float* to = to_output + (item * in.rows * in.heads + head) * in.width;
-      in.for_each_group(item, head, [&](const std::vector<int64_t>& queries, const std::vector<int64_t>& seen) {
-        Matrix units = some_rows({in.units.at(item, head), in.units.row, in.units.column}, in.rows, in.rank, queries, units_buffer, false);
-        Matrix weights = some_rows({in.projector + head * in.keys * in.rank, in.rank, 1}, in.keys, in.rank, seen, weights_buffer, false);
-        Matrix values = some_rows({in.value.at(item, head), in.value.row, 1}, in.keys, in.width, seen, values_buffer, true);
-        multiply(in.rank, width, seen.size(), {weights.at, weights.column, weights.row}, values.at, values.row, mixed, width, false);
-        multiply(queries.size(), width, in.rank, units, mixed, width, products, width, false);
-        for (size_t k = 0; k < queries.size(); k++)
-          for (int64_t c = 0; c < in.width; c++) to[queries[k] * in.heads * in.width + c] = products[k * width + c];
+  // Forms dA for a block of keys and adds up what follows from it.
+  void add(int64_t block) {
+    tile.go_to_keys(block);
+    tile.form_scores();
+    int64_t first_key = tile.first_key, keys = tile.keys, rows = tile.rows, columns = tile.columns;
+    bool with_softmax = in.residual && given.d_output;
+    if (with_softmax) add_softmax();
+    for (int64_t m = 1; m <= in.grid_size; m++) {
+      tile.go_to_harmonic(m);
+      float* a = d_weights + ((m - 1) * in.keys + first_key) * rank;
+      float* b = a + in.grid_size * in.keys * rank;
+      multiply(keys, rank, rows, {tile.cosines, kRows, 1}, d_unit_rows, rank, a, rank, true);
+      multiply(keys, rank, rows, {tile.sines, kRows, 1}, d_unit_rows, rank, b, rank, true);
+      multiply(keys, columns, in.rank, in.weights(tile.head, 0, m, first_key), d_units, kRows, with_cosines, kRows, false);
+      multiply(keys, columns, in.rank, in.weights(tile.head, 1, m, first_key), d_units, kRows, with_sines, kRows, false);
+      tile.for_each_vector([&](int64_t place, int64_t) {
+        Vector slope = load(tile.cosines + place) * load(with_sines + place) - load(tile.sines + place) * load(with_cosines + place);
+        store(d_scores + place, m > 1 || with_softmax ? load(d_scores + place) + float(m) * slope : slope);
       });
     }
-  });
-  return output.transpose(1, 2);
+    multiply(rows, width, keys, {d_scores, 1, kRows}, tile.key_rows + first_key * width, width, d_queries, width, block);
+    multiply(keys, width, rows, {d_scores, kRows, 1}, queries, width, d_keys + first_key * width, width, true);
+    if (in.vertical)
+      tile.for_each_vector([&](int64_t place, int64_t k) {
+        int64_t q = first_key + place / kRows;
+        float *down = d_vertical + q / in.grid_columns * kRows + k, *across = d_horizontal + q % in.grid_columns * kRows + k;
+        store(down, load(down) + load(d_scores + place)), store(across, load(across) + load(d_scores + place));
+      });
+  }
+
+  void finish() {
+    if (!in.projector || tile.masked) return;
+    d_mixed.scale(in.factor);  // dV = f W dU, and dW = f V dUᵀ
+    multiply(in.keys, values, in.rank, {projector_rows, rank, 1}, d_mixed, values, d_values, values, true);
+    transpose(d_mixed, values, in.rank, in.values, d_mixed_transposed, rank);
+    multiply(in.keys, rank, in.values, {tile.value_rows, values, 1}, d_mixed_transposed, rank, d_projector, rank, true);
+  }
+
+  Tile tile;
+  int64_t rank, width, values;  // sizes in whole vectors
+  Floats d_coefficients, d_projectors;  // (heads, 2, G, M, r), (heads, M, r)
+  Floats d_keys, d_values;  // of an item: (M, d), (M, v)
+  Floats d_queries, d_vertical, d_horizontal, d_scores;  // of a tile: (rows, d), (H or W, rows), (keys, rows)
+
+ private:
+  // Rows of dS from those of dO, and what the output does to V and W.
+  void project_back() {
+    int64_t rows = tile.rows;
+    copy(given.units.at(tile.item, tile.head) + tile.first_row, given.units.row, in.rank, rows, units, kRows);
+    if (!tile.masked) {  // dS = dO Uᵀ, and dU = Sᵀ dO
+      multiply(rows, rank, in.values, {d_outputs, values, 1}, mixed, rank, d_unit_rows, rank, false);
+      multiply(in.rank, values, rows, {units, kRows, 1}, d_outputs, values, d_mixed, values, true);
+      return;
+    }
+    transpose(units, kRows, in.rank, rows, unit_rows, rank);
+    for (int64_t block = 0; block < in.key_blocks(); block++) {
+      tile.go_to_keys(block);
+      Matrix projector = {projector_rows + tile.first_key * rank, rank, 1};
+      // The weights of the values, f W Sᵀ ∘ mask: dV is their product with dO.
+      multiply(tile.keys, tile.columns, in.rank, projector, units, kRows, weights, kRows, false);
+      tile.scale_visible(weights);
+      multiply(tile.keys, values, rows, {weights, kRows, 1}, d_outputs, values, d_values + tile.first_key * values, values, true);
+      // Their gradients, f V dOᵀ ∘ mask: dS and dW are products of these.
+      Matrix value = {tile.value_rows + tile.first_key * values, values, 1};
+      multiply(tile.keys, tile.columns, in.values, value, d_outputs_transposed, kRows, weights, kRows, false);
+      tile.scale_visible(weights);
+      multiply(rows, rank, tile.keys, {weights, 1, kRows}, projector.at, rank, d_unit_rows, rank, true);
+      multiply(tile.keys, rank, rows, {weights, kRows, 1}, unit_rows, rank, d_projector + tile.first_key * rank, rank, true);
+    }
+  }
+
+  // Σ_q P dP is dO · P V, and P V is the output without W's part, whose product with dO is S · dS.
+  void form_mean() {
+    std::copy_n(tile.rows_of(given.log_totals), tile.rows, log_totals + 0);
+    const float* output = tile.rows_of(given.output);
+    for (int64_t k = 0; k < tile.rows; k++) {
+      for (int64_t v = 0; v < in.values; v++) mean[k] += d_outputs[k * values + v] * output[k * given.output.row + v];
+      for (int64_t p = 0; in.projector && p < in.rank; p++) mean[k] -= units[p * kRows + k] * d_unit_rows[k * rank + p];
+    }
+  }
+
+  // With P = softmax(A) and dP = dO Vᵀ: dA = P ∘ (dP − mean), and dV = Pᵀ dO.
+  void add_softmax() {
+    int64_t first_value = tile.first_key * values;
+    multiply(tile.keys, tile.columns, in.values, {tile.value_rows + first_value, values, 1}, d_outputs_transposed, kRows, d_scores, kRows, false);
+    tile.for_each_vector([&](int64_t place, int64_t k) {
+      Vector p = exponential(load(tile.scores + place) - load(log_totals + k));
+      if (tile.masked) p *= load(tile.visible + place);
+      store(weights + place, p);
+      store(d_scores + place, p * (load(d_scores + place) - load(mean + k)));
+    });
+    multiply(tile.keys, values, tile.rows, {weights, kRows, 1}, d_outputs, values, d_values + first_value, values, true);
+  }
+
+  const Inputs& in;
+  const Given& given;
+  float *d_weights, *d_projector;  // of the head
+  Floats projector_rows;  // W, (M, r)
+  Floats queries;  // (rows, d)
+  Floats units, unit_rows, d_units, d_unit_rows;  // S and dS: (r, rows) and (rows, r)
+  Floats d_outputs, d_outputs_transposed;  // dO: (rows, v), (v, rows)
+  Floats log_totals, mean;  // (rows)
+  Floats with_cosines, with_sines, weights;  // (keys, rows)
+  Floats mixed, d_mixed, d_mixed_transposed;  // Uᵀ, (v, r); dU, (r, v); dUᵀ
+};
+
+// Rows of a matrix, without what fills them up to whole vectors, times a factor.
+void copy_out(const float* from, int64_t from_row, int64_t rows, int64_t columns, float factor, float* to) {
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t j = 0; j < columns; j++) to[i * columns + j] = factor * from[i * from_row + j];
 }
 
-// The gradients of units, projector and value.
-std::tuple<Tensor, Tensor, Tensor> project_backward(
-    const Tensor& gradient, const Tensor& units, const Tensor& projector, const Tensor& value, const optional<Tensor>& mask) {
-  Projection in(units, projector, value, mask);
-  Matrices<float> outputs(gradient);
-  int64_t rank = whole_vectors(in.rank), width = whole_vectors(in.width);
-  int64_t groups = std::clamp<int64_t>(in.items, 1, (4 * at::get_num_threads() + in.heads - 1) / in.heads);
-  Tensor units_gradient = at::empty({in.items, in.heads, in.rows, in.rank}, units.options());
-  Tensor projector_gradients = at::zeros({groups, in.heads, in.keys, rank}, units.options());
-  Tensor value_gradient = at::zeros({in.items, in.heads, in.keys, in.width}, units.options());
-  float *to_units = units_gradient.data_ptr<float>(), *to_projector = projector_gradients.data_ptr<float>(),
-        *to_value = value_gradient.data_ptr<float>();
-  at::parallel_for(0, in.heads * groups, 1, [&](int64_t begin, int64_t end) {
-    Floats units_buffer(in.rows * rank), weights_buffer(in.keys * rank), values_buffer(in.keys * width), outputs_buffer(in.rows * width);
-    Floats mixed(in.width * rank), mixed_gradient(in.rank * width), mixed_gradient_transposed(in.width * rank);
-    Floats unit_rows(in.rows * rank), weight_rows(in.keys * rank), value_rows(in.keys * width);
-    for (int64_t task = begin; task < end; task++) {
-      int64_t head = task / groups, group = task % groups;
-      for (int64_t item = in.items * group / groups; item < in.items * (group + 1) / groups; item++)
-        in.for_each_group(item, head, [&](const std::vector<int64_t>& queries, const std::vector<int64_t>& seen) {
-          int64_t rows = queries.size(), keys = seen.size(), first_row = (item * in.heads + head) * in.rows;
-          Matrix units = some_rows({in.units.at(item, head), in.units.row, in.units.column}, in.rows, in.rank, queries, units_buffer, false);
-          Matrix weights = some_rows({in.projector + head * in.keys * in.rank, in.rank, 1}, in.keys, in.rank, seen, weights_buffer, true);
-          Matrix values = some_rows({in.value.at(item, head), in.value.row, 1}, in.keys, in.width, seen, values_buffer, false);
-          Matrix out = some_rows({outputs.at(item, head), outputs.row, 1}, in.rows, in.width, queries, outputs_buffer, true);
-          // Uᵀ = Vᵀ W, (d, r), and dS = dO Uᵀ.
-          multiply(in.width, rank, keys, {values.at, 1, values.row}, weights.at, weights.row, mixed, rank, false);
-          multiply(rows, rank, in.width, out, mixed, rank, unit_rows, rank, false);
-          // dU = Sᵀ dO, (r, d), dV = W dU and dW = V dUᵀ.
-          multiply(in.rank, width, rows, {units.at, units.column, units.row}, out.at, out.row, mixed_gradient, width, false);
-          multiply(keys, width, in.rank, weights, mixed_gradient, width, value_rows, width, false);
-          transpose(mixed_gradient, width, in.rank, in.width, mixed_gradient_transposed, rank);
-          multiply(keys, rank, in.width, values, mixed_gradient_transposed, rank, weight_rows, rank, false);
-          for (int64_t k = 0; k < rows; k++)
-            for (int64_t p = 0; p < in.rank; p++) to_units[(first_row + queries[k]) * in.rank + p] = unit_rows[k * rank + p];
-          for (int64_t q = 0; q < keys; q++) {
-            float* value = to_value + ((item * in.heads + head) * in.keys + seen[q]) * in.width;
-            for (int64_t c = 0; c < in.width; c++) value[c] += value_rows[q * width + c];
-            float* projector = to_projector + ((group * in.heads + head) * in.keys + seen[q]) * rank;
-            for (int64_t p = 0; p < in.rank; p++) projector[p] += weight_rows[q * rank + p];
+// The gradients of query, key, coefficients, full, of all heads, vertical, horizontal, value and projector. Those of absent
+// inputs are empty, as is that of full without with_full.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fourier_attention_backward(
+    const optional<Tensor>& units_gradient, const optional<Tensor>& output_gradient, const Tensor& query, const Tensor& key,
+    const Tensor& coefficients, double scale, const optional<Tensor>& full, const optional<Tensor>& vertical,
+    const optional<Tensor>& horizontal, const optional<Tensor>& mask, const optional<Tensor>& value,
+    const optional<Tensor>& projector, double factor, bool residual, const Tensor& units,
+    const optional<Tensor>& output, const optional<Tensor>& log_totals, bool with_full) {
+  Inputs in(query, key, coefficients, scale, full, vertical, horizontal, mask, value, projector, factor, residual);
+  Given given{
+      Matrices<float>(units_gradient), Matrices<float>(output_gradient), Matrices<float>(units), Matrices<float>(output),
+      Matrices<float>(log_totals)};
+
+  Plan plan(in);
+  auto options = query.options();
+  Tensor query_gradient = at::empty({in.items, in.heads, in.rows, in.width}, options);
+  Tensor key_gradients = at::empty({plan.tiles, in.items, in.heads, in.keys, in.width}, options);
+  Tensor coefficients_gradients = at::empty({plan.sums(), in.heads, 2, in.grid_size, in.keys, in.rank}, options);
+  bool share_full = with_full && full->size(0) == 1;
+  Tensor full_gradients = at::zeros({share_full ? plan.items : in.items, in.heads, in.keys, with_full ? in.rows : 0}, options);
+  Tensor vertical_gradient = at::empty({in.items, in.heads, in.rows, in.grid_rows}, options);
+  Tensor horizontal_gradient = at::empty({in.items, in.heads, in.rows, in.grid_columns}, options);
+  Tensor value_gradients = at::empty({plan.tiles, in.items, in.heads, in.keys, in.values}, options);
+  Tensor projector_gradients = at::empty({plan.sums(), in.heads, projector ? in.keys : 0, in.rank}, options);
+  float *to_query = query_gradient.data_ptr<float>(), *to_keys = key_gradients.data_ptr<float>(),
+        *to_coefficients = coefficients_gradients.data_ptr<float>(), *to_full = full_gradients.data_ptr<float>(),
+        *to_vertical = vertical_gradient.data_ptr<float>(), *to_horizontal = horizontal_gradient.data_ptr<float>(),
+        *to_values = value_gradients.data_ptr<float>(), *to_projector = projector_gradients.data_ptr<float>();
+
+  at::parallel_for(0, plan.size(), 1, [&](int64_t begin, int64_t end) {
+    Gradients sums(in, given, in.heads / plan.heads);
+    const Tile& tile = sums.tile;
+    for (int64_t index = begin; index < end; index++) {
+      Task task = plan[index];
+      sums.d_coefficients.clear(), sums.d_projectors.clear();
+      for (int64_t item = task.first_item; item < task.end_item; item++)
+        for (int64_t head = task.first_head; head < task.end_head; head++) {
+          sums.start(item, head, head - task.first_head);
+          for (int64_t t = task.first_tile; t < task.end_tile; t++) {
+            sums.start_rows(t);
+            for (int64_t block = 0; block < in.key_blocks(); block++) {
+              sums.add(block);
+              for (int64_t q = 0; with_full && q < tile.keys; q++) {
+                int64_t place = ((share_full ? task.index / plan.tiles : item) * in.heads + head) * in.keys + tile.first_key + q;
+                for (int64_t k = 0; k < tile.rows; k++) to_full[place * in.rows + tile.first_row + k] += sums.d_scores[q * kRows + k];
+              }
+            }
+            int64_t row = (item * in.heads + head) * in.rows + tile.first_row;
+            copy_out(sums.d_queries, sums.width, tile.rows, in.width, in.scale, to_query + row * in.width);
+            for (int64_t k = 0; k < tile.rows; k++) {
+              for (int64_t y = 0; y < in.grid_rows; y++) to_vertical[(row + k) * in.grid_rows + y] = sums.d_vertical[y * kRows + k];
+              for (int64_t x = 0; x < in.grid_columns; x++) to_horizontal[(row + k) * in.grid_columns + x] = sums.d_horizontal[x * kRows + k];
+            }
           }
-        });
+          sums.finish();
+          int64_t key = ((task.index % plan.tiles * in.items + item) * in.heads + head) * in.keys;
+          copy_out(sums.d_keys, sums.width, in.keys, in.width, in.scale, to_keys + key * in.width);
+          copy_out(sums.d_values, sums.values, in.keys, in.values, 1, to_values + key * in.values);
+        }
+      int64_t first = task.index * in.heads + task.first_head, heads = task.end_head - task.first_head;
+      int64_t size = 2 * in.grid_size * in.keys;
+      copy_out(sums.d_coefficients, sums.rank, heads * size, in.rank, 1, to_coefficients + first * size * in.rank);
+      if (projector) copy_out(sums.d_projectors, sums.rank, heads * in.keys, in.rank, 1, to_projector + first * in.keys * in.rank);
     }
   });
-  return {units_gradient, sum_parts(projector_gradients).narrow(-1, 0, in.rank).contiguous(), value_gradient};
+  return {
+      query_gradient, sum_parts(key_gradients), sum_parts(coefficients_gradients),
+      share_full ? sum_parts(full_gradients).unsqueeze(0) : full_gradients, vertical_gradient, horizontal_gradient,
+      sum_parts(value_gradients), sum_parts(projector_gradients)};
 }
 
 TORCH_LIBRARY_FRAGMENT(karat_det, library) {
-  const std::string scores =
+  const std::string inputs =
       "Tensor query, Tensor key, Tensor coefficients, float scale, Tensor? full, Tensor? vertical, Tensor? horizontal, "
-      "Tensor? mask, Tensor? value";
-  const std::string tensors_3 = "(Tensor, Tensor, Tensor)", tensors_7 = "(Tensor, Tensor, Tensor, Tensor, " + tensors_3.substr(1);
-  const std::string projection = "Tensor units, Tensor projector, Tensor value, Tensor? mask";
-  for (const std::string& schema : {
-           "fourier_sums(" + scores + ") -> " + tensors_3,
-           "fourier_sums_backward(Tensor sums_gradient, Tensor? attended_gradient, " + scores +
-               ", Tensor? attended, Tensor? log_totals, bool with_full) -> " + tensors_7,
-           "project(" + projection + ") -> Tensor",
-           "project_backward(Tensor gradient, " + projection + ") -> " + tensors_3,
-       })
-    library.def(schema.c_str());
+      "Tensor? mask, Tensor? value, Tensor? projector, float factor, bool residual";
+  library.def(("fourier_attention(" + inputs + ") -> (Tensor, Tensor, Tensor)").c_str());
+  library.def(("fourier_attention_backward(Tensor? units_gradient, Tensor? output_gradient, " + inputs +
+               ", Tensor units, Tensor? output, Tensor? log_totals, bool with_full)"
+               " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)").c_str());
 }
 
 TORCH_LIBRARY_IMPL(karat_det, CPU, library) {
-  library.impl("fourier_sums", &fourier_sums);
-  library.impl("fourier_sums_backward", &fourier_sums_backward);
-  library.impl("project", &project);
-  library.impl("project_backward", &project_backward);
+  library.impl("fourier_attention", &fourier_attention);
+  library.impl("fourier_attention_backward", &fourier_attention_backward);
 }
 
 }  // namespace

@@ -18,12 +18,10 @@ needs_compiler = pytest.mark.skipif(not cpu.is_available(), reason="no C++ compi
 
 
 @pytest.fixture(params=["plain", pytest.param("cpu", marks=needs_compiler)])
-def backend(request, monkeypatch):
-    """A back end, and the type that its results are as exact as; a plain chunk is of 60 elements, or some rows."""
-    if request.param == "cpu":
-        return cpu, torch.float32
+def dtype(request, monkeypatch):
+    """The type of the inputs, which decides on the back end; a plain chunk is of 60 elements, or some rows."""
     monkeypatch.setattr(plain, "_CHUNK_OF_THREAD", 60 // torch.get_num_threads())
-    return plain, torch.float64
+    return {"plain": torch.float64, "cpu": torch.float32}[request.param]
 
 
 def equation(query, key, coefficients, scale, bias=None, mask=None, value=None):
@@ -48,9 +46,12 @@ def equation(query, key, coefficients, scale, bias=None, mask=None, value=None):
     return sums, weights / weights.sum(dim=-1, keepdim=True) @ value
 
 
-def projection(units, projector, value, mask=None):
-    activated = units @ projector.mT
-    return (activated if mask is None else activated * mask) @ value
+def attention(query, key, value, coefficients, projector, factor, scale, bias=None, mask=None, residual=False):
+    """(f Φ̂[A] Wᵀ ∘ mask) V, + softmax(A) V."""
+    units, softmax = equation(query, key, coefficients, scale, bias, mask, value)
+    activated = factor * units @ projector.mT
+    output = (activated if mask is None else activated * mask) @ value
+    return output + softmax if residual else output
 
 
 def results(function, inputs, dtype):
@@ -96,30 +97,28 @@ def make_mask(*shape):
 @pytest.mark.parametrize("keys", [1, 16, 57, 130])
 @pytest.mark.parametrize("rows", [1, 64, 65])
 @pytest.mark.parametrize(("width", "grid_size", "rank"), [(1, 1, 1), (16, 3, 12), (33, 2, 17), (20, 6, 5)])
-def test_sums_and_softmax_are_those_of_the_equation(backend, rows, keys, width, grid_size, rank):
+def test_sums_and_softmax_are_those_of_the_equation(dtype, rows, keys, width, grid_size, rank):
     torch.manual_seed(0)
     *inputs, value = make_inputs((2,), 2, rows, keys, width, grid_size, rank, values=width + 3)
-    module, dtype = backend
-    assert_same(module.fourier_sums, equation, inputs, dtype)
-    assert_same(module.fourier_sums, equation, (*inputs, None, None, value), dtype)
+    assert_same(backends.fourier_sums, equation, inputs, dtype)
+    assert_same(backends.fourier_sums, equation, (*inputs, None, None, value), dtype)
 
 
 @pytest.mark.parametrize("batch", [(), (3,), (2, 2)], ids=str)
 @pytest.mark.parametrize("with_value", [False, True])
 @pytest.mark.parametrize("with_grid", [False, True])
-def test_a_bias_and_a_mask_are_broadcast_along_any_dimension(backend, batch, with_value, with_grid):
+def test_a_bias_and_a_mask_are_broadcast_along_any_dimension(dtype, batch, with_value, with_grid):
     torch.manual_seed(0)
     *inputs, value = make_inputs(batch, 2, 3, 6, 4, 2, 3, values=5 if with_value else None)
     terms = (torch.randn(*batch, 2, 3, 2), torch.randn(*batch, 2, 3, 3)) if with_grid else (None, None)
     whole = (*batch, 2, 3, 6)
     shapes = {tuple(1 if one else size for one, size in zip(ones, whole, strict=True)) for ones in
               itertools.product((False, True), repeat=len(whole))}  # fmt: skip
-    module, dtype = backend
     for shape in [*sorted(shapes), (6,), (3, 1), (3, 6), (2, 1, 6)]:
         bias = Bias(torch.randn(shape), *terms)
-        assert_same(module.fourier_sums, equation, (*inputs, bias, None, value), dtype)
+        assert_same(backends.fourier_sums, equation, (*inputs, bias, None, value), dtype)
         mask = make_mask(*shape) if shape[-1] > 1 else torch.ones(shape, dtype=torch.bool)
-        assert_same(module.fourier_sums, equation, (*inputs, Bias(None, *terms), mask, value), dtype)
+        assert_same(backends.fourier_sums, equation, (*inputs, Bias(None, *terms), mask, value), dtype)
 
 
 @settings(deadline=None, max_examples=60, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -132,7 +131,7 @@ def test_a_bias_and_a_mask_are_broadcast_along_any_dimension(backend, batch, wit
     options=st.sets(st.sampled_from(["value", "grid", "full", "mask"])),
     num_threads=st.integers(1, 5),
 )
-def test_any_shape_and_number_of_threads(backend, batch, heads, rows, grid, sizes, options, num_threads):
+def test_any_shape_and_number_of_threads(dtype, batch, heads, rows, grid, sizes, options, num_threads):
     torch.manual_seed(rows)
     width, values, grid_size, rank = sizes
     keys = grid[0] * grid[1]
@@ -142,47 +141,55 @@ def test_any_shape_and_number_of_threads(backend, batch, heads, rows, grid, size
         *((torch.randn(*batch, heads, rows, side) if "grid" in options else None) for side in grid),
     )
     mask = make_mask(rows, keys) if "mask" in options else None
-    module, dtype = backend
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
-        assert_same(module.fourier_sums, equation, (*inputs, bias, mask, value if "value" in options else None), dtype)
-        units, projector = torch.randn(*batch, heads, rows, rank), torch.randn(heads, keys, rank)
-        assert_same(module.project, projection, (units, projector, value, mask), dtype)
+        residual = "value" in options
+        assert_same(backends.fourier_sums, equation, (*inputs, bias, mask, value if residual else None), dtype)
+        query, key, coefficients, scale = inputs
+        projector = torch.randn(heads, keys, rank)
+        inputs = query, key, value, coefficients, projector, 0.5, scale, bias, mask, residual
+        assert_same(backends.attend, attention, inputs, dtype)
     finally:
         torch.set_num_threads(before)
 
 
-def test_products_of_queries_that_see_the_same_keys(backend):
-    """Masks of Swin's kind: some regions; of keys alone; and one that differs from query to query."""
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 8])
+def test_attention_with_masks_and_any_share_of_the_work(dtype, num_threads, residual):
+    """Masks of Swin's kind, regions of some items; of keys alone; and one that differs from query to query."""
     torch.manual_seed(0)
-    module, dtype = backend
-    regions = torch.randint(0, 3, (4, 1, 49, 1))
-    for mask in (regions == regions.mT, make_mask(4, 1, 1, 49), make_mask(49, 49), make_mask(2, 1, 1)):
-        units, projector, value = torch.randn(4, 2, 49, 12), torch.randn(2, 49, 12), torch.randn(4, 2, 49, 32)
-        assert_same(module.project, projection, (units, projector, value, mask), dtype)
+    query, key, coefficients, scale, value = make_inputs((5,), 2, 70, 70, 20, 2, 12, values=20)
+    inputs = query, key, value, coefficients, torch.randn(2, 70, 12), 0.5, scale
+    regions = torch.randint(0, 3, (5, 1, 70, 1))
+    regions[2] = 0
+    masks = None, regions == regions.mT, make_mask(5, 1, 1, 70), make_mask(70, 70), make_mask(2, 1, 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        for mask in masks:
+            assert_same(backends.attend, attention, (*inputs, None, mask, residual), dtype)
+    finally:
+        torch.set_num_threads(before)
 
 
-def test_query_key_and_value_may_be_views_of_one_projection(backend):
+def test_query_key_and_value_may_be_views_of_one_projection(dtype):
     torch.manual_seed(1)
-    module, dtype = backend
 
-    def of(sums, project):
+    def of(attend):
         def function(qkv, coefficients, projector):
             query, key, value = qkv.permute(2, 0, 3, 1, 4)
-            units, attended = sums(query, key, coefficients.mT.contiguous().mT, 0.5, None, None, value)
-            return project(units, projector, value), attended
+            return attend(query, key, value, coefficients.mT.contiguous().mT, projector, 0.5, 0.5, residual=True)
 
         return function
 
     inputs = torch.randn(2, 6, 3, 2, 4), torch.randn(2, 2, 2, 6, 3), torch.randn(2, 6, 3)
-    assert_same(of(module.fourier_sums, module.project), of(equation, projection), inputs, dtype)
+    assert_same(of(backends.attend), of(attention), inputs, dtype)
 
 
-def test_an_expanded_gradient_is_that_of_every_element(backend):
-    module, dtype = backend
+def test_an_expanded_gradient_is_that_of_every_element(dtype):
     inputs = [x.to(dtype).requires_grad_() for x in make_inputs((), 2, 3, 5, 4, 2, 3)[:3]]
-    gradients = [torch.autograd.grad(f(*inputs, 0.5).sum(), inputs) for f in (module.fourier_sums, equation)]
+    gradients = [torch.autograd.grad(f(*inputs, 0.5).sum(), inputs) for f in (backends.fourier_sums, equation)]
     for gradient, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(gradient, expected)
 
@@ -199,22 +206,20 @@ def test_gradients_pass_gradcheck():
     assert torch.autograd.gradcheck(lambda *inputs: (torch.manual_seed(0), sums(*inputs))[1], inputs)
 
 
-def test_it_is_differentiable_once(backend):
-    module, dtype = backend
+def test_it_is_differentiable_once(dtype):
     query, coefficients = torch.randn(2, 3, 4, dtype=dtype).requires_grad_(), torch.randn(2, 2, 2, 3, 3, dtype=dtype)
-    sums = module.fourier_sums(query, query, coefficients, 0.5)
+    sums = backends.fourier_sums(query, query, coefficients, 0.5)
     (gradient,) = torch.autograd.grad(sums.square().sum(), query, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
 
 
-def test_softmax_of_huge_scores_is_finite(backend):
+def test_softmax_of_huge_scores_is_finite(dtype):
     """Though the exponentials of the scores are not, nor those of scores that are 1e4 lower."""
     torch.manual_seed(0)
-    module, _ = backend
     query, key, value = (torch.randn(2, 5, 4, requires_grad=True) for _ in range(3))
     coefficients, bias = torch.zeros(2, 2, 1, 5, 3), torch.tensor([1e4, -1e4])[:, None, None]
-    _, attended = module.fourier_sums(query, key, coefficients, 300.0, Bias(bias), None, value)
+    _, attended = backends.fourier_sums(query, key, coefficients, 300.0, Bias(bias), None, value)
     expected = (300.0 * query @ key.mT + bias).softmax(dim=-1) @ value
     torch.testing.assert_close(attended, expected, atol=1e-3, rtol=1e-3)
     gradients = [torch.autograd.grad(x.sum(), (query, key, value)) for x in (attended, expected)]
@@ -236,25 +241,23 @@ def test_sines_and_cosines_of_large_scores_are_exact():
 
 
 @needs_compiler
-@pytest.mark.parametrize("with_value", [False, True])
+@pytest.mark.parametrize(("with_projector", "residual"), [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("bias", [None, "full", "grid"])
-def test_compiled_operators_are_what_torch_compile_is_told_of_them(with_value, bias):
+def test_compiled_ops_are_what_torch_compile_is_told_of_them(with_projector, residual, bias):
     torch.manual_seed(0)
-    query, key, coefficients, scale, value = make_inputs((2,), 3, 6, 6, 4, 2, 3, values=5 if with_value else None)
+    query, key, coefficients, scale, value = make_inputs((2,), 3, 6, 6, 4, 2, 3, values=5)
     full = torch.randn(1, 3, 6, 6) if bias == "full" else None
     terms = (torch.randn(2, 3, 6, 2), torch.randn(2, 3, 6, 3)) if bias == "grid" else (None, None)
-    mask = make_mask(1, 1, 6, 6)
-    inputs = query, key, coefficients, scale, full, *terms, mask, value
-    operators, tests = torch.ops.karat_det, ("test_schema", "test_faketensor")
-    torch.library.opcheck(operators.fourier_sums.default, inputs, test_utils=tests)
-    sums, attended, log_totals = operators.fourier_sums(*inputs)
-    gradients = torch.randn(sums.shape), torch.randn(attended.shape) if with_value else None
-    kept = (attended, log_totals) if with_value else (None, None)
-    backward = *gradients, *inputs, *kept, bias == "full"
-    torch.library.opcheck(operators.fourier_sums_backward.default, backward, test_utils=tests)
-    inputs = sums, torch.randn(3, 6, 3), torch.randn(2, 3, 6, 5), mask
-    torch.library.opcheck(operators.project.default, inputs, test_utils=tests)
-    torch.library.opcheck(operators.project_backward.default, (torch.randn(2, 3, 6, 5), *inputs), test_utils=tests)
+    with_output = with_projector or residual
+    inputs = [query, key, coefficients, scale, full, *terms, make_mask(1, 1, 6, 6), value if with_output else None]
+    inputs += [torch.randn(3, 6, 3) if with_projector else None, 0.5, residual]
+    ops, tests = torch.ops.karat_det, ("test_schema", "test_faketensor")
+    torch.library.opcheck(ops.fourier_attention.default, inputs, test_utils=tests)
+    units, output, log_totals = ops.fourier_attention(*inputs)
+    gradients = torch.randn_like(units.mT), torch.randn_like(output) if with_output else None
+    kept = (output, log_totals) if residual else (None, None)
+    backward = *gradients, *inputs, units, *kept, bias == "full"
+    torch.library.opcheck(ops.fourier_attention_backward.default, backward, test_utils=tests)
 
 
 def test_a_compiled_operator_is_one_graph():
