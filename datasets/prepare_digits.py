@@ -9,6 +9,9 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends without a trace, in the imports too
 
+import karat_det.quiet  # noqa: F401  before Detectron2, whose imports warn of their own old calls
+
+# isort: split
 from karat_det.data.digits import generate_digits
 
 

@@ -1,37 +1,30 @@
 """Kolmogorov-Arnold attention for object detection and instance segmentation on Detectron2.
 
-Importing the package registers its backbones and its embedded dataset with Detectron2.
+Importing the package registers its backbones and its embedded dataset with Detectron2, see registration.py. Detectron2
+itself is imported with the names below, or by its user: `karat_det.attention` needs torch alone.
 """
 
-import logging
-import warnings
+from importlib import import_module
+from typing import Any
 
-# Detectron2 calls what torch and timm have since renamed. Its users can do nothing about these warnings.
-warnings.filterwarnings("ignore", message="`torch.jit.script", category=FutureWarning)
-warnings.filterwarnings("ignore", message="Importing from timm.models.layers", category=FutureWarning)
-warnings.filterwarnings("ignore", message=".*broadcast_buffers.* is deprecated", category=FutureWarning)
-warnings.filterwarnings("ignore", message="torch.meshgrid: in an upcoming release", category=UserWarning)
-logging.getLogger("torch.fx._symbolic_trace").addFilter(lambda record: "is_fx_tracing" not in record.getMessage())
-# On a machine with a CUDA compiler and no GPU; Detectron2's table of the environment says it better.
-logging.getLogger("torch.utils.cpp_extension").addFilter(lambda record: "No CUDA" not in record.getMessage())
-
-try:
-    import detectron2  # noqa: F401
-except ModuleNotFoundError as error:
-    if error.name != "detectron2":
-        raise
-    raise ModuleNotFoundError(
-        "karat_det needs Detectron2, which is not on PyPI. `make install` in the project's folder installs it, as does "
-        "`python tools/install_detectron2.py`; or build it from source, as its own INSTALL.md says.",
-        name="detectron2",
-    ) from None
-
-from .backbones import swin as _swin  # noqa: E402, F401  registers build_swin_karat_fpn_backbone
-from .backbones import vitdet as _vitdet  # noqa: E402, F401  registers build_vitdet_karat_backbone
-from .backbones.replace import replace_attention  # noqa: E402
-from .config import add_karat_config  # noqa: E402
-from .data.digits import register_digits  # noqa: E402
+from . import registration
 
 __all__ = ["add_karat_config", "replace_attention"]
 
-register_digits()
+registration.begin()
+
+
+def __getattr__(name: str) -> Any:
+    homes = {"add_karat_config": ".config", "replace_attention": ".backbones.replace"}
+    if name not in homes:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(import_module(homes[name], __name__), name)
+    except ModuleNotFoundError as error:
+        if error.name != "detectron2":
+            raise
+        raise ModuleNotFoundError(
+            "karat_det needs Detectron2, which is not on PyPI. `make install` in the project's folder installs it, as "
+            "does `python tools/install_detectron2.py`; or build it from source, as its own INSTALL.md says.",
+            name="detectron2",
+        ) from None

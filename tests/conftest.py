@@ -21,7 +21,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-import karat_det  # noqa: F401, E402  before any import of Detectron2, of whose old calls it silences the warnings
+import karat_det.quiet  # noqa: F401, E402  before Detectron2, whose imports warn of their own old calls
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent

@@ -54,7 +54,8 @@ def test_marked_tests_alone_see_gpus_each_in_a_process_of_its_own(tmp_path, gpus
         shutil.copy(Path(__file__).parents[1] / name, tmp_path / name)
     (tmp_path / "tests" / "test_it.py").write_text(TESTS)
     (tmp_path / "torch.py").write_text(TORCH)
-    (tmp_path / "karat_det.py").write_text("")
+    (tmp_path / "karat_det").mkdir()
+    (tmp_path / "karat_det" / "quiet.py").write_text("")
     ours = ("CUDA_VISIBLE_DEVICES", "PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER")
     environment = {key: x for key, x in os.environ.items() if key not in ours and not key.startswith("KARAT_TEST_")}
     environment |= {"PYTHONPATH": str(tmp_path), "FAKE_GPUS": str(gpus), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}

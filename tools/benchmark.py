@@ -13,7 +13,7 @@ from pathlib import Path
 if __name__ == "__main__":
     import early_signals  # noqa: F401  before the imports that take seconds
 
-import karat_det  # noqa: F401  before Detectron2, whose imports warn of their own old calls
+import karat_det.quiet  # noqa: F401  before Detectron2, whose imports warn of their own old calls
 
 # isort: split
 import torch

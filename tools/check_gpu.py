@@ -46,6 +46,9 @@ def main() -> None:
         sys.exit(2)
 
     # Below, since it takes seconds, which whoever has no GPU need not wait.
+    import karat_det.quiet  # noqa: F401  before Detectron2, whose imports warn of their own old calls
+
+    # isort: split
     from karat_det.analysis.gpu_check import run_gpu_check
 
     try:

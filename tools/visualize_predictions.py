@@ -8,7 +8,7 @@ import sys
 if __name__ == "__main__":
     import early_signals  # noqa: F401  before the imports that take seconds
 
-import karat_det  # noqa: F401  before Detectron2, whose imports warn of their own old calls
+import karat_det.quiet  # noqa: F401  before Detectron2, whose imports warn of their own old calls
 
 # isort: split
 from detectron2.modeling import build_model

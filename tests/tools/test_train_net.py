@@ -279,7 +279,7 @@ def error_of(*arguments):
             ["MODEL.VIT.IMG_SIZE", "100"],
             "MODEL.VIT.IMG_SIZE is 100, which MODEL.VIT.PATCH_SIZE, 8, does",
         ),
-        (None, ["MODEL.KARAT.RANK", "500"], "MODEL.KARAT.RANK is 500, above N = 14 × 14 = 196"),
+        (None, ["MODEL.KARAT.RANK", "500"], "MODEL.KARAT.RANK is 500, above N = 196"),
         (None, ["MODEL.KARAT.GRID_SIZE", "0"], "MODEL.KARAT.GRID_SIZE is 0"),
         (None, ["MODEL.KARAT.COLOUR", "red"], "There is no key MODEL.KARAT.COLOUR"),
         (None, ["MODEL.KARAT.GLOBAL_BLOCKS", "softmax"], "no block would have KArAt"),
