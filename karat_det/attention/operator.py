@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import backends
 from .backends import plain
-from .backends.plain import at_least_float32
+from .backends.plain import at_least_float32, without_autocast
 from .basis import BASE_FUNCTIONS, Basis, BSpline, Fourier, Rational, Wavelet
 from .bias import Bias, of_heads, split_mask
 from .config import KArAtConfig
@@ -254,7 +254,7 @@ class KArAtOperator(FunctionLayer):
         if mask is not None:
             self._check_broadcast("mask", mask, scores.shape[:-3])
         ours, rest = slice(self.num_karat_heads), slice(self.num_karat_heads, None)
-        with torch.autocast(scores.device.type, enabled=False):
+        with without_autocast(scores.device):
             exact = at_least_float32(scores)
             activated = self._activate(exact[..., ours, :, :], of_heads(mask, ours))
             if self.num_karat_heads < self.num_heads:
@@ -297,7 +297,7 @@ class KArAtOperator(FunctionLayer):
             self._check_size(name, tensor)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         bias, mask = self._check_bias(bias, mask, query.shape[:-3])
-        with torch.autocast(query.device.type, enabled=False):
+        with without_autocast(query.device):
             if self.num_karat_heads == self.num_heads:
                 return self._attend(query, key, value, scale, bias, mask)
             results = []

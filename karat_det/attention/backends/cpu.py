@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..bias import Bias
 
@@ -118,8 +117,8 @@ def fourier_sums(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See `backends.fourier_sums`."""
     inputs = query, key, coefficients, scale, bias, mask, value
-    units, attended = _run(*inputs, projector=None, factor=1.0, residual=value is not None)
-    return units if value is None else (units, attended)
+    units, attended = _run(*inputs, None, 1.0, value is not None)
+    return units.mT if value is None else (units.mT, attended)
 
 
 def attend(
@@ -136,22 +135,21 @@ def attend(
 ) -> Tensor:
     """See `backends.attend`."""
     inputs = query, key, coefficients, scale, bias, mask, value
-    return _run(*inputs, projector=projector.contiguous(), factor=factor, residual=residual)[1]
+    return _run(*inputs, projector.contiguous(), factor, residual)[1]
 
 
-def _run(query, key, coefficients, scale, bias, mask, value, **options) -> tuple[Tensor, Tensor]:
-    """S and the output of fourier.cpp, (..., heads, N, r) and (..., heads, N, v)."""
+def _run(query, key, coefficients, scale, bias, mask, value, projector, factor, residual) -> tuple[Tensor, Tensor]:
+    """S and the output of fourier.cpp, (..., heads, r, N) and (..., heads, N, v)."""
     batch = query.shape[:-3]
     full, vertical, horizontal = bias or Bias()
     full, mask = _one_batch_dimension(full, batch), _one_batch_dimension(mask, batch)
+    full = None if full is None else full.float()
     query, key, vertical, horizontal, value = (_rows_in_memory(x) for x in (query, key, vertical, horizontal, value))
-    if mask is not None:
-        mask = mask.mT.contiguous()
-    if full is not None:
-        full = full.float()
-    inputs = query, key, coefficients.contiguous(), scale, full, vertical, horizontal, mask, value
-    results = _FourierAttention.apply(*inputs, *options.values())
-    return results if len(batch) == 1 else tuple(x.reshape(*batch, *x.shape[1:]) for x in results)
+    scores = query, key, coefficients.contiguous(), scale, full, vertical, horizontal, mask
+    units, output, _ = torch.ops.karat_det.fourier_attention(*scores, value, projector, factor, residual)
+    if len(batch) == 1:
+        return units, output
+    return units.reshape(*batch, *units.shape[1:]), output.reshape(*batch, *output.shape[1:])
 
 
 def _rows_in_memory(x: Tensor | None) -> Tensor | None:
@@ -172,39 +170,6 @@ def _one_batch_dimension(x: Tensor | None, batch: torch.Size) -> Tensor | None:
     if x.shape[:-3].numel() > 1:
         x = x.expand(*batch, *x.shape[-3:])
     return x.reshape(x.shape[:-3].numel(), *x.shape[-3:])
-
-
-class _FourierAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx, query, key, coefficients, scale, full, vertical, horizontal, mask, value, projector, factor, residual
-    ):
-        ctx.set_materialize_grads(False)
-        full_transposed = None if full is None else full.mT.contiguous()
-        others = vertical, horizontal, mask, value, projector
-        units, output, log_totals = torch.ops.karat_det.fourier_attention(
-            query, key, coefficients, scale, full_transposed, *others, factor, residual
-        )
-        ctx.settings = scale, factor, residual
-        kept = (output, log_totals) if residual else (None, None)
-        ctx.save_for_backward(query, key, coefficients, full, *others, units, *kept)
-        return units.mT, output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, units_gradient, output_gradient):
-        query, key, coefficients, full, *others, units, output, log_totals = ctx.saved_tensors
-        scale, factor, residual = ctx.settings
-        with_full = ctx.needs_input_grad[4]
-        full_transposed = None if full is None else full.mT.contiguous()
-        query, key, coefficients, full_gradient, *gradients = torch.ops.karat_det.fourier_attention_backward(
-            units_gradient, _rows_in_memory(output_gradient), query, key, coefficients, scale, full_transposed, *others,
-            factor, residual, units, output, log_totals, with_full,
-        )  # fmt: skip
-        vertical, horizontal, value, projector = gradients
-        full = full_gradient.mT.sum_to_size(full.shape) if with_full else None
-        gradients = query, key, coefficients, None, full, vertical, horizontal, None, value, projector, None, None
-        return tuple(x if need else None for x, need in zip(gradients, ctx.needs_input_grad, strict=True))
 
 
 def _register_shapes() -> None:
@@ -228,7 +193,7 @@ def _register_shapes() -> None:
             query.new_empty(query.shape),
             key.new_empty(key.shape),
             coefficients.new_empty(coefficients.shape),
-            query.new_empty(len(full) if with_full else batch_size, heads, num_keys, num_rows if with_full else 0),
+            query.new_empty(len(full) if with_full else batch_size, heads, num_keys, num_rows if with_full else 0).mT,
             *(query.new_empty(*query.shape[:3], side) for side in sides),
             key.new_empty(*key.shape[:3], 0 if value is None else value.shape[-1]),
             key.new_empty(heads, 0 if projector is None else num_keys, rank),

@@ -20,6 +20,8 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #ifdef __AVX512F__
@@ -42,6 +44,8 @@
 namespace {
 
 using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
 using std::optional;
 
 // A block of a product has kBlock × 2 vectors of sums, as many as there are registers for.
@@ -171,6 +175,14 @@ void copy(const float* from, int64_t from_row, int64_t rows, int64_t columns, fl
     for (int64_t j = 0; j < columns; j += kLanes) store(to + i * to_row + j, load_some(from + i * from_row + j, columns - j));
 }
 
+// Copies rows, times a factor, without what fills them up to whole vectors.
+void copy_out(
+    const float* from, int64_t from_row, int64_t rows, int64_t columns, float* to, int64_t to_row, float factor = 1) {
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t j = 0; j < columns; j += kLanes)
+      store_some(to + i * to_row + j, factor * load(from + i * from_row + j), columns - j);
+}
+
 // c_ij = Σ_k a_ik b_kj, or with `keep` c_ij plus that, for I rows and J vectors of columns.
 template <int I, int J>
 void multiply_block(int64_t depth, Matrix a, const float* b, int64_t b_row, float* c, int64_t c_row, bool keep) {
@@ -245,8 +257,10 @@ inline void cosine_and_sine(Vector x, Vector& cosine, Vector& sine) {
   Vector even = 1 - 0.5f * square +
       square * square * (4.166664568298827e-2f + square * (-1.388731625493765e-3f + square * 2.443315711809948e-5f));
   Integers swap = (quadrant & 1) != 0;
-  sine = (Vector)((Integers)select(swap, even, odd) ^ ((quadrant & 2) << 30));
-  cosine = (Vector)((Integers)select(swap, odd, even) ^ (((quadrant + 1) & 2) << 30));
+  constexpr int kSign = 1 << 31;
+  Integers second_bit = quadrant << 30;
+  sine = (Vector)((Integers)select(swap, even, odd) ^ (second_bit & kSign));
+  cosine = (Vector)((Integers)select(swap, odd, even) ^ ((second_bit + (1 << 30)) & kSign));
 }
 
 // e^x for x ≤ 0, and 0 below −87: 2^n e^y with n whole and |y| ≤ ln 2 / 2, by the polynomial of Cephes' expf.
@@ -271,7 +285,8 @@ struct Inputs {
       const Tensor& query, const Tensor& key, const Tensor& coefficients, double scale, const optional<Tensor>& full,
       const optional<Tensor>& vertical, const optional<Tensor>& horizontal, const optional<Tensor>& mask,
       const optional<Tensor>& value, const optional<Tensor>& projector, double factor, bool residual)
-      : query(query), key(key), full(full), vertical(vertical), horizontal(horizontal), value(value), mask(mask),
+      : transposed_full(transposed(full)), transposed_mask(transposed(mask)), query(query), key(key), full(transposed_full),
+        vertical(vertical), horizontal(horizontal), value(value), mask(transposed_mask),
         coefficients(coefficients.const_data_ptr<float>()), projector(projector ? projector->const_data_ptr<float>() : nullptr),
         scale(scale), factor(factor), residual(residual), items(query.size(0)), heads(query.size(1)), rows(query.size(2)),
         keys(key.size(2)), width(query.size(3)), grid_size(coefficients.size(2)), rank(coefficients.size(4)),
@@ -287,6 +302,11 @@ struct Inputs {
   int64_t tiles() const { return (rows + kRows - 1) / kRows; }
   int64_t key_blocks() const { return (keys + kKeys - 1) / kKeys; }
 
+  static optional<Tensor> transposed(const optional<Tensor>& x) {
+    return x ? optional<Tensor>(x->transpose(-1, -2).contiguous()) : x;
+  }
+
+  optional<Tensor> transposed_full, transposed_mask;  // queries follow each other, as in a tile
   Matrices<float> query, key, full, vertical, horizontal, value;
   Matrices<bool> mask;  // (B, heads, M, N), as full is
   const float *coefficients, *projector;  // (heads, 2, G, M, r), (heads, M, r)
@@ -516,8 +536,7 @@ std::tuple<Tensor, Tensor, Tensor> fourier_attention(
           }
         }
       }
-      for (int64_t p = 0; p < in.rank; p++)
-        std::copy_n(sums + p * kRows, tile.rows, to_units + (place * in.rank + p) * in.rows + tile.first_row);
+      copy_out(sums, kRows, in.rank, tile.rows, to_units + place * in.rank * in.rows + tile.first_row, in.rows);
       if (!value) continue;
 
       if (residual) softmax.finish(tile, outputs, to_log_totals + place * in.rows + tile.first_row);
@@ -528,8 +547,8 @@ std::tuple<Tensor, Tensor, Tensor> fourier_attention(
         tile.scale_visible(weights);
         multiply(tile.rows, values, tile.keys, {weights, 1, kRows}, tile.value_rows + tile.first_key * values, values, outputs, values, residual || block);
       }
-      for (int64_t k = 0; k < tile.rows; k++)
-        std::copy_n(outputs + k * values, in.values, to_output + ((tile.item * in.rows + tile.first_row + k) * in.heads + tile.head) * in.values);
+      float* to = to_output + ((tile.item * in.rows + tile.first_row) * in.heads + tile.head) * in.values;
+      copy_out(outputs, values, tile.rows, in.values, to, in.heads * in.values);
     }
   });
   return {units, output.transpose(1, 2), log_totals};
@@ -537,8 +556,8 @@ std::tuple<Tensor, Tensor, Tensor> fourier_attention(
 
 // ---- Backward ----
 
-// Sums along the first dimension.
-Tensor sum_parts(const Tensor& parts) { return parts.size(0) == 1 ? parts.squeeze(0) : parts.sum(0); }
+// The sum of so many parts, one after the other along the first dimension.
+Tensor sum_parts(const Tensor& x, int64_t parts) { return parts == 1 ? x : x.unflatten(0, {parts, x.size(0) / parts}).sum(0); }
 
 // A task of the backward pass: some items, heads and tiles.
 struct Task {
@@ -550,10 +569,11 @@ class Plan {
  public:
   explicit Plan(const Inputs& in) : in(in) {
     int64_t threads = at::get_num_threads();
-    items = in.items >= 8 * threads ? threads : std::max<int64_t>(1, std::gcd(in.items, threads));
-    heads = std::gcd(in.heads, threads / items);
-    tiles = std::clamp<int64_t>(threads / (items * heads), 1, std::max<int64_t>(1, in.tiles()));
-    if (items * heads * tiles < threads) heads = in.heads;
+    heads = std::gcd(in.heads, threads);
+    int64_t wanted = threads / heads;  // for the tasks of the same heads
+    items = in.items >= 8 * wanted ? wanted : std::max<int64_t>(1, std::gcd(in.items, wanted));
+    tiles = std::clamp<int64_t>(wanted / items, 1, std::max<int64_t>(1, in.tiles()));
+    if (heads * items * tiles < threads) heads = in.heads;
   }
   int64_t sums() const { return items * tiles; }
   int64_t size() const { return heads * sums(); }
@@ -728,12 +748,6 @@ class Gradients {
   Floats mixed, d_mixed, d_mixed_transposed;  // Uᵀ, (v, r); dU, (r, v); dUᵀ
 };
 
-// Rows of a matrix, without what fills them up to whole vectors, times a factor.
-void copy_out(const float* from, int64_t from_row, int64_t rows, int64_t columns, float factor, float* to) {
-  for (int64_t i = 0; i < rows; i++)
-    for (int64_t j = 0; j < columns; j++) to[i * columns + j] = factor * from[i * from_row + j];
-}
-
 // The gradients of query, key, coefficients, full, of all heads, vertical, horizontal, value and projector. Those of absent
 // inputs are empty, as is that of full without with_full.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fourier_attention_backward(
@@ -750,14 +764,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fouri
   Plan plan(in);
   auto options = query.options();
   Tensor query_gradient = at::empty({in.items, in.heads, in.rows, in.width}, options);
-  Tensor key_gradients = at::empty({plan.tiles, in.items, in.heads, in.keys, in.width}, options);
-  Tensor coefficients_gradients = at::empty({plan.sums(), in.heads, 2, in.grid_size, in.keys, in.rank}, options);
+  Tensor key_gradients = at::empty({plan.tiles * in.items, in.heads, in.keys, in.width}, options);
+  Tensor coefficients_gradients = at::empty({plan.sums() * in.heads, 2, in.grid_size, in.keys, in.rank}, options);
   bool share_full = with_full && full->size(0) == 1;
   Tensor full_gradients = at::zeros({share_full ? plan.items : in.items, in.heads, in.keys, with_full ? in.rows : 0}, options);
   Tensor vertical_gradient = at::empty({in.items, in.heads, in.rows, in.grid_rows}, options);
   Tensor horizontal_gradient = at::empty({in.items, in.heads, in.rows, in.grid_columns}, options);
-  Tensor value_gradients = at::empty({plan.tiles, in.items, in.heads, in.keys, in.values}, options);
-  Tensor projector_gradients = at::empty({plan.sums(), in.heads, projector ? in.keys : 0, in.rank}, options);
+  Tensor value_gradients = at::empty({plan.tiles * in.items, in.heads, in.keys, in.values}, options);
+  Tensor projector_gradients = at::empty({plan.sums() * in.heads, projector ? in.keys : 0, in.rank}, options);
   float *to_query = query_gradient.data_ptr<float>(), *to_keys = key_gradients.data_ptr<float>(),
         *to_coefficients = coefficients_gradients.data_ptr<float>(), *to_full = full_gradients.data_ptr<float>(),
         *to_vertical = vertical_gradient.data_ptr<float>(), *to_horizontal = horizontal_gradient.data_ptr<float>(),
@@ -782,7 +796,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fouri
               }
             }
             int64_t row = (item * in.heads + head) * in.rows + tile.first_row;
-            copy_out(sums.d_queries, sums.width, tile.rows, in.width, in.scale, to_query + row * in.width);
+            copy_out(sums.d_queries, sums.width, tile.rows, in.width, to_query + row * in.width, in.width, in.scale);
             for (int64_t k = 0; k < tile.rows; k++) {
               for (int64_t y = 0; y < in.grid_rows; y++) to_vertical[(row + k) * in.grid_rows + y] = sums.d_vertical[y * kRows + k];
               for (int64_t x = 0; x < in.grid_columns; x++) to_horizontal[(row + k) * in.grid_columns + x] = sums.d_horizontal[x * kRows + k];
@@ -790,19 +804,76 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fouri
           }
           sums.finish();
           int64_t key = ((task.index % plan.tiles * in.items + item) * in.heads + head) * in.keys;
-          copy_out(sums.d_keys, sums.width, in.keys, in.width, in.scale, to_keys + key * in.width);
-          copy_out(sums.d_values, sums.values, in.keys, in.values, 1, to_values + key * in.values);
+          copy_out(sums.d_keys, sums.width, in.keys, in.width, to_keys + key * in.width, in.width, in.scale);
+          copy_out(sums.d_values, sums.values, in.keys, in.values, to_values + key * in.values, in.values);
         }
       int64_t first = task.index * in.heads + task.first_head, heads = task.end_head - task.first_head;
       int64_t size = 2 * in.grid_size * in.keys;
-      copy_out(sums.d_coefficients, sums.rank, heads * size, in.rank, 1, to_coefficients + first * size * in.rank);
-      if (projector) copy_out(sums.d_projectors, sums.rank, heads * in.keys, in.rank, 1, to_projector + first * in.keys * in.rank);
+      copy_out(sums.d_coefficients, sums.rank, heads * size, in.rank, to_coefficients + first * size * in.rank, in.rank);
+      if (projector) copy_out(sums.d_projectors, sums.rank, heads * in.keys, in.rank, to_projector + first * in.keys * in.rank, in.rank);
     }
   });
   return {
-      query_gradient, sum_parts(key_gradients), sum_parts(coefficients_gradients),
-      share_full ? sum_parts(full_gradients).unsqueeze(0) : full_gradients, vertical_gradient, horizontal_gradient,
-      sum_parts(value_gradients), sum_parts(projector_gradients)};
+      query_gradient, sum_parts(key_gradients, plan.tiles), sum_parts(coefficients_gradients, plan.sums()),
+      (share_full ? full_gradients.sum(0, true) : full_gradients).transpose(2, 3), vertical_gradient, horizontal_gradient,
+      sum_parts(value_gradients, plan.tiles), sum_parts(projector_gradients, plan.sums())};
+}
+
+// ---- Autograd ----
+
+class Attention : public torch::autograd::Function<Attention> {
+ public:
+  static variable_list forward(
+      AutogradContext* context, const Tensor& query, const Tensor& key, const Tensor& coefficients, double scale,
+      const optional<Tensor>& full, const optional<Tensor>& vertical, const optional<Tensor>& horizontal,
+      const optional<Tensor>& mask, const optional<Tensor>& value, const optional<Tensor>& projector, double factor,
+      bool residual) {
+    at::AutoDispatchBelowAutograd guard;
+    static auto op = find<decltype(fourier_attention)>("karat_det::fourier_attention");
+    auto [units, output, log_totals] = op.call(
+        query, key, coefficients, scale, full, vertical, horizontal, mask, value, projector, factor, residual);
+    auto tensor = [](const optional<Tensor>& x) { return x.value_or(Tensor()); };
+    context->set_materialize_grads(false);
+    context->saved_data["settings"] = std::make_tuple(scale, factor, residual);
+    context->save_for_backward(
+        {query, key, coefficients, tensor(full), tensor(vertical), tensor(horizontal), tensor(mask), tensor(value),
+         tensor(projector), units, residual ? output : Tensor(), residual ? log_totals : Tensor()});
+    return {units, output, log_totals};
+  }
+
+  static variable_list backward(AutogradContext* context, variable_list gradients) {
+    static auto op = find<decltype(fourier_attention_backward)>("karat_det::fourier_attention_backward");
+    auto [scale, factor, residual] = context->saved_data["settings"].to<std::tuple<double, double, bool>>();
+    variable_list saved = context->get_saved_variables();
+    auto given = [](const Tensor& x) { return x.defined() ? optional<Tensor>(x) : std::nullopt; };
+    Tensor d_units = gradients[0], d_output = gradients[1];
+    if (d_units.defined()) d_units = d_units.transpose(-1, -2);
+    if (d_output.defined() && d_output.stride(-1) != 1) d_output = d_output.contiguous();
+    bool with_full = saved[3].defined() && context->needs_input_grad(3);
+    auto [query, key, coefficients, full, vertical, horizontal, value, projector] = op.call(
+        given(d_units), given(d_output), saved[0], saved[1], saved[2], scale, given(saved[3]), given(saved[4]),
+        given(saved[5]), given(saved[6]), given(saved[7]), given(saved[8]), factor, residual, saved[9], given(saved[10]),
+        given(saved[11]), with_full);
+    if (with_full) full = full.sum_to_size(saved[3].sizes());
+    auto of = [&](int input, const Tensor& gradient) { return saved[input].defined() ? gradient : Tensor(); };
+    return {query, key, coefficients, {}, with_full ? full : Tensor(), of(4, vertical), of(5, horizontal), {}, of(7, value),
+            of(8, projector), {}, {}};
+  }
+
+ private:
+  template <typename Signature>
+  static c10::TypedOperatorHandle<Signature> find(const char* name) {
+    return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> attend(
+    const Tensor& query, const Tensor& key, const Tensor& coefficients, double scale, const optional<Tensor>& full,
+    const optional<Tensor>& vertical, const optional<Tensor>& horizontal, const optional<Tensor>& mask,
+    const optional<Tensor>& value, const optional<Tensor>& projector, double factor, bool residual) {
+  auto results = Attention::apply(
+      query, key, coefficients, scale, full, vertical, horizontal, mask, value, projector, factor, residual);
+  return {results[0], results[1], results[2]};
 }
 
 TORCH_LIBRARY_FRAGMENT(karat_det, library) {
@@ -818,6 +889,11 @@ TORCH_LIBRARY_FRAGMENT(karat_det, library) {
 TORCH_LIBRARY_IMPL(karat_det, CPU, library) {
   library.impl("fourier_attention", &fourier_attention);
   library.impl("fourier_attention_backward", &fourier_attention_backward);
+}
+
+TORCH_LIBRARY_IMPL(karat_det, Autograd, library) {
+  library.impl("fourier_attention", &attend);
+  library.impl("fourier_attention_backward", torch::autograd::autogradNotImplementedFallback());
 }
 
 }  // namespace

@@ -210,7 +210,7 @@ def test_it_is_differentiable_once(dtype):
     query, coefficients = torch.randn(2, 3, 4, dtype=dtype).requires_grad_(), torch.randn(2, 2, 2, 3, 3, dtype=dtype)
     sums = backends.fourier_sums(query, query, coefficients, 0.5)
     (gradient,) = torch.autograd.grad(sums.square().sum(), query, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match=r"once_differentiable|derivative for .* is not implemented"):
         gradient.sum().backward()
 
 
