@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from ..basis import Fourier
 from ..bias import Bias
 
-# Elements that are worked on at a time. Larger chunks leave the processor's cache, smaller ones cost more calls.
-_CHUNK_OF_THREAD = 2**20
+# Elements that are worked on at a time. Larger chunks take memory, smaller ones read keys and coefficients more often.
+_CHUNK_OF_THREAD = 2**22
+_CHUNK_OF_CPU = 2**24  # at most, by all threads
 _CHUNK_OF_GPU = 2**25
 
 
@@ -155,7 +156,9 @@ def by_rows(
         rows = max(1, 2**23 // max(1, elements_per_row))
         chunks = (_cut(rowwise, slice(row, row + rows)) for row in range(0, num_rows, rows))
         return torch.cat([checkpoint(function, *chunk, *shared, use_reentrant=False) for chunk in chunks], dim=-2)
-    chunk_size = _CHUNK_OF_THREAD * torch.get_num_threads() if device.type == "cpu" else _CHUNK_OF_GPU
+    chunk_size = _CHUNK_OF_GPU
+    if device.type == "cpu":
+        chunk_size = min(_CHUNK_OF_THREAD * torch.get_num_threads(), _CHUNK_OF_CPU)
     rows = max(1, chunk_size // max(1, elements_per_row))
     return _ByRows.apply(function, rows, len(rowwise), *rowwise, *shared)
 
