@@ -19,7 +19,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["karat_det", "karat_det.*"]),
-    package_data={"karat_det.attention.backends": ["*.cpp"]},
+    package_data={"karat_det.attention.backends": ["*.cpp", "*.h"]},
     # Detectron2 is left out: people bring their own, or take the one that tools/install_detectron2.py installs.
     install_requires=read_requirements(),
     extras_require={"test": ["pytest>=7.4", "pytest-xdist>=3.5", "hypothesis>=6.80", "ruff>=0.6"]},

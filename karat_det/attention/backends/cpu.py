@@ -69,7 +69,8 @@ def compile_library() -> Path:
     flags = ["-O3", *_INSTRUCTIONS.get(capability, [])]
     if sys.platform == "linux":
         flags.append("-fopenmp")  # ATen's threads are OpenMP's; other systems' compilers may lack it
-    made_of = "\n".join([SOURCE.read_text(), torch.__version__, *flags])
+    sources = [SOURCE.read_text(), SOURCE.with_name("matrices.h").read_text()]
+    made_of = "\n".join([*sources, torch.__version__, *flags])
     name = f"karat_det_fourier_{hashlib.sha256(made_of.encode()).hexdigest()[:12]}"
 
     compiler = os.environ.get("CXX", "c++")

@@ -24,99 +24,24 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
-
 #include <algorithm>
-#include <array>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <numeric>
 #include <optional>
 #include <string>
 #include <tuple>
-#include <utility>
-#include <vector>
+
+#include "matrices.h"
 
 namespace {
 
 using at::Tensor;
+using std::optional;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-using std::optional;
 
-// A block of a product has kBlock × 2 vectors of sums, as many as there are registers for.
-#if defined(__AVX512F__)
-constexpr int kLanes = 16, kBlock = 14;
-#elif defined(__AVX2__)
-constexpr int kLanes = 8, kBlock = 6;
-#else
-constexpr int kLanes = 4, kBlock = 6;
-#endif
-#ifndef KARAT_ROWS
-#define KARAT_ROWS 64
-#define KARAT_KEYS 56
-#endif
-constexpr int64_t kRows = KARAT_ROWS, kKeys = KARAT_KEYS;  // the scores, sines and cosines of a tile take 3 · 14 KiB
-
-typedef float Vector __attribute__((vector_size(4 * kLanes)));
-typedef float Unaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-typedef int Integers __attribute__((vector_size(4 * kLanes)));
-
-inline Vector load(const float* from) { return *reinterpret_cast<const Unaligned*>(from); }
-inline void store(float* to, Vector vector) { *reinterpret_cast<Unaligned*>(to) = vector; }
-inline Vector select(Integers condition, Vector yes, Vector no) { return condition ? yes : no; }
-
-// The first elements of a vector. The rest is loaded as 0.
-inline Vector load_some(const float* from, int64_t size) {
-  if (size >= kLanes) return load(from);
-#ifdef __AVX512F__
-  return _mm512_maskz_loadu_ps((1u << size) - 1, from);
-#else
-  Vector vector = {};
-  std::memcpy(&vector, from, size * sizeof(float));
-  return vector;
-#endif
-}
-
-inline void store_some(float* to, Vector vector, int64_t size) {
-  if (size >= kLanes) return store(to, vector);
-#ifdef __AVX512F__
-  _mm512_mask_storeu_ps(to, (1u << size) - 1, vector);
-#else
-  std::memcpy(to, &vector, size * sizeof(float));
-#endif
-}
-
-int64_t whole_vectors(int64_t size) { return (size + kLanes - 1) / kLanes * kLanes; }
-
-// ---- Matrices ----
-
-struct Floats {  // zeros
-  explicit Floats(int64_t size)
-      : size(size), data(static_cast<float*>(std::aligned_alloc(64, (size * sizeof(float) + 64) / 64 * 64)), std::free) {
-    clear();
-  }
-  void scale(float factor) {
-    for (int64_t i = 0; i < size; i++) data.get()[i] *= factor;
-  }
-  void clear() { std::fill_n(data.get(), size, 0.0f); }
-  operator float*() const { return data.get(); }
-
-  int64_t size;
-  std::unique_ptr<float, void (*)(void*)> data;
-};
-
-// Elements with the distances from one row, and from one column, to the next.
-struct Matrix {
-  Matrix transposed() const { return {at, column, row}; }
-
-  const float* at;
-  int64_t row, column;
-};
+constexpr int64_t kRows = 64, kKeys = 56;  // the scores, sines and cosines of a tile take 3 · 14 KiB
 
 // A matrix for each item of a batch and each head. What all share has the distance 0.
 template <typename T>
@@ -135,149 +60,6 @@ struct Matrices {
   int64_t item = 0, head = 0, row = 0, column = 0;
 };
 
-// Swaps in each square of 2 · SIDE lanes of a square of vectors the two squares off its diagonal.
-template <int SIDE>
-inline void swap_squares(Vector* square) {
-  Integers low, high;
-  for (int lane = 0; lane < kLanes; lane++) {
-    low[lane] = lane & SIDE ? lane - SIDE + kLanes : lane;
-    high[lane] = lane & SIDE ? lane + kLanes : lane + SIDE;
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; i++)
-    if (!(i & SIDE)) {
-      Vector above = square[i], below = square[i + SIDE];
-      square[i] = __builtin_shuffle(above, below, low);
-      square[i + SIDE] = __builtin_shuffle(above, below, high);
-    }
-  if constexpr (SIDE > 1) swap_squares<SIDE / 2>(square);
-}
-
-// (rows, columns) to (columns, rows), times a factor; each with the distance of its rows. It adds zeros to whole vectors.
-void transpose(
-    const float* from, int64_t from_row, int64_t rows, int64_t columns, float* to, int64_t to_row, float factor = 1) {
-  for (int64_t i = 0; i < rows; i += kLanes)
-    for (int64_t j = 0; j < columns; j += kLanes) {
-      Vector square[kLanes];
-#pragma GCC unroll 16
-      for (int64_t lane = 0; lane < kLanes; lane++)
-        square[lane] = i + lane < rows ? factor * load_some(from + (i + lane) * from_row + j, columns - j) : Vector{};
-      swap_squares<kLanes / 2>(square);
-#pragma GCC unroll 16
-      for (int64_t lane = 0; lane < kLanes; lane++)
-        if (j + lane < columns) store(to + (j + lane) * to_row + i, square[lane]);
-    }
-}
-
-// Copies rows and adds zeros to whole vectors.
-void copy(const float* from, int64_t from_row, int64_t rows, int64_t columns, float* to, int64_t to_row) {
-  for (int64_t i = 0; i < rows; i++)
-    for (int64_t j = 0; j < columns; j += kLanes) store(to + i * to_row + j, load_some(from + i * from_row + j, columns - j));
-}
-
-// Copies rows, times a factor, without what fills them up to whole vectors.
-void copy_out(
-    const float* from, int64_t from_row, int64_t rows, int64_t columns, float* to, int64_t to_row, float factor = 1) {
-  for (int64_t i = 0; i < rows; i++)
-    for (int64_t j = 0; j < columns; j += kLanes)
-      store_some(to + i * to_row + j, factor * load(from + i * from_row + j), columns - j);
-}
-
-// c_ij = Σ_k a_ik b_kj, or with `keep` c_ij plus that, for I rows and J vectors of columns.
-template <int I, int J>
-void multiply_block(int64_t depth, Matrix a, const float* b, int64_t b_row, float* c, int64_t c_row, bool keep) {
-  Vector sums[I][J];
-#pragma GCC unroll 16
-  for (int i = 0; i < I; i++)
-#pragma GCC unroll 2
-    for (int j = 0; j < J; j++) sums[i][j] = keep ? load(c + i * c_row + j * kLanes) : Vector{};
-  // One pointer for three rows: an address may have the distance of rows once or twice in it.
-  const float* rows[(I + 2) / 3];
-#pragma GCC unroll 16
-  for (int i = 0; i < I; i += 3) rows[i / 3] = a.at + i * a.row;
-  for (int64_t k = 0; k < depth; k++) {
-    Vector right[J];
-#pragma GCC unroll 2
-    for (int j = 0; j < J; j++) right[j] = load(b + k * b_row + j * kLanes);
-#pragma GCC unroll 16
-    for (int i = 0; i < I; i++)
-#pragma GCC unroll 2
-      for (int j = 0; j < J; j++) sums[i][j] += rows[i / 3][i % 3 * a.row] * right[j];
-#pragma GCC unroll 16
-    for (int i = 0; i < I; i += 3) rows[i / 3] += a.column;
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < I; i++)
-#pragma GCC unroll 2
-    for (int j = 0; j < J; j++) store(c + i * c_row + j * kLanes, sums[i][j]);
-}
-
-using Block = void (*)(int64_t, Matrix, const float*, int64_t, float*, int64_t, bool);
-
-template <int J, int... I>
-constexpr std::array<Block, kBlock> blocks(std::integer_sequence<int, I...>) {
-  return {multiply_block<I + 1, J>...};
-}
-
-// The same for any number of rows, in blocks of nearly the same size, and of whole vectors of columns.
-void multiply(
-    int64_t rows, int64_t columns, int64_t depth, Matrix a, const float* b, int64_t b_row, float* c, int64_t c_row,
-    bool keep) {
-  static constexpr auto wide = blocks<2>(std::make_integer_sequence<int, kBlock>());
-  static constexpr auto narrow = blocks<1>(std::make_integer_sequence<int, kBlock>());
-  int64_t count = (rows + kBlock - 1) / kBlock;
-  for (int64_t block = 0; block < count; block++) {
-    int64_t start = rows * block / count, size = rows * (block + 1) / count - start;
-    Matrix part = {a.at + start * a.row, a.row, a.column};
-    float* to = c + start * c_row;
-    int64_t j = 0;
-    for (; j + 2 * kLanes <= columns; j += 2 * kLanes) wide[size - 1](depth, part, b + j, b_row, to + j, c_row, keep);
-    if (j < columns) narrow[size - 1](depth, part, b + j, b_row, to + j, c_row, keep);
-  }
-}
-
-// ---- Functions ----
-
-constexpr float kRound = 12582912;  // added to a float and subtracted again, it rounds to the nearest whole number
-constexpr float kReducible = 4096;  // up to here multiples of π/2 are subtracted without an error
-
-inline Vector absolute(Vector x) { return (Vector)((Integers)x & 0x7fffffff); }
-
-// Reduces x, of |x| ≤ kReducible, to ±π/4 and evaluates both polynomials, those of Cephes' sinf and cosf. π/2 has three
-// parts: the first two have so few bits that their multiples are exact.
-inline void cosine_and_sine(Vector x, Vector& cosine, Vector& sine) {
-  Vector turns = x * 0.636619772f + kRound;
-  Integers quadrant = (Integers)turns;
-  turns -= kRound;
-  x -= turns * 1.5703125f;
-  x -= turns * 4.837512969970703125e-4f;
-  x -= turns * 7.54978995489188216e-8f;
-  Vector square = x * x;
-  Vector odd = x + x * square * (-1.6666654611e-1f + square * (8.3321608736e-3f + square * -1.9515295891e-4f));
-  Vector even = 1 - 0.5f * square +
-      square * square * (4.166664568298827e-2f + square * (-1.388731625493765e-3f + square * 2.443315711809948e-5f));
-  Integers swap = (quadrant & 1) != 0;
-  constexpr int kSign = 1 << 31;
-  Integers second_bit = quadrant << 30;
-  sine = (Vector)((Integers)select(swap, even, odd) ^ (second_bit & kSign));
-  cosine = (Vector)((Integers)select(swap, odd, even) ^ ((second_bit + (1 << 30)) & kSign));
-}
-
-// e^x for x ≤ 0, and 0 below −87: 2^n e^y with n whole and |y| ≤ ln 2 / 2, by the polynomial of Cephes' expf.
-inline Vector exponential(Vector x) {
-  Integers vanishes = x < -87;
-  x = select(vanishes, Vector{} - 87, x);
-  Vector whole = x * 1.44269504f + kRound;
-  Integers exponent = (Integers)whole << 23;
-  whole -= kRound;
-  x -= whole * 0.693359375f;
-  x -= whole * -2.12194440e-4f;
-  Vector y = 1.9875691500e-4f + Vector{};
-  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) y = y * x + c;
-  y = y * x * x + x + 1;
-  return select(vanishes, Vector{}, (Vector)((Integers)y + exponent));
-}
-
 // ---- Tiles ----
 
 struct Inputs {
@@ -285,20 +67,23 @@ struct Inputs {
       const Tensor& query, const Tensor& key, const Tensor& coefficients, double scale, const optional<Tensor>& full,
       const optional<Tensor>& vertical, const optional<Tensor>& horizontal, const optional<Tensor>& mask,
       const optional<Tensor>& value, const optional<Tensor>& projector, double factor, bool residual)
-      : transposed_full(transposed(full)), transposed_mask(transposed(mask)), query(query), key(key), full(transposed_full),
-        vertical(vertical), horizontal(horizontal), value(value), mask(transposed_mask),
-        coefficients(coefficients.const_data_ptr<float>()), projector(projector ? projector->const_data_ptr<float>() : nullptr),
-        scale(scale), factor(factor), residual(residual), items(query.size(0)), heads(query.size(1)), rows(query.size(2)),
-        keys(key.size(2)), width(query.size(3)), grid_size(coefficients.size(2)), rank(coefficients.size(4)),
-        values(value ? value->size(3) : 0), grid_rows(vertical ? vertical->size(3) : 0),
-        grid_columns(horizontal ? horizontal->size(3) : 0) {}
+        : transposed_full(transposed(full)), transposed_mask(transposed(mask)), query(query), key(key),
+          full(transposed_full), vertical(vertical), horizontal(horizontal), value(value), mask(transposed_mask),
+          coefficients(coefficients.const_data_ptr<float>()),
+          projector(projector ? projector->const_data_ptr<float>() : nullptr), scale(scale), factor(factor),
+          residual(residual), items(query.size(0)), heads(query.size(1)), rows(query.size(2)), keys(key.size(2)),
+          width(query.size(3)), grid_size(coefficients.size(2)), rank(coefficients.size(4)),
+          values(value ? value->size(3) : 0), grid_rows(vertical ? vertical->size(3) : 0),
+          grid_columns(horizontal ? horizontal->size(3) : 0) {}
 
   // a_pqm, of kind 0, or b_pqm, of kind 1, from a key on: (M, r).
   Matrix weights(int64_t head, int64_t kind, int64_t m, int64_t first_key) const {
     return {coefficients + (((head * 2 + kind) * grid_size + m - 1) * keys + first_key) * rank, rank, 1};
   }
   // W from a key on: (M, r).
-  Matrix projector_of(int64_t head, int64_t first_key = 0) const { return {projector + (head * keys + first_key) * rank, rank, 1}; }
+  Matrix projector_of(int64_t head, int64_t first_key = 0) const {
+    return {projector + (head * keys + first_key) * rank, rank, 1};
+  }
   int64_t tiles() const { return (rows + kRows - 1) / kRows; }
   int64_t key_blocks() const { return (keys + kKeys - 1) / kKeys; }
 
@@ -319,10 +104,10 @@ struct Inputs {
 class Tile {
  public:
   explicit Tile(const Inputs& in)
-      : scores(kKeys * kRows), cosines(kKeys * kRows), sines(kKeys * kRows), visible(kKeys * kRows),
-        key_rows(in.keys * whole_vectors(in.width)), value_rows(in.keys * whole_vectors(in.values)),
-        in(in), first_cosines(kKeys * kRows),
-        first_sines(kKeys * kRows), queries(in.width * kRows), vertical(in.grid_rows * kRows), horizontal(in.grid_columns * kRows) {}
+        : scores(kKeys * kRows), cosines(kKeys * kRows), sines(kKeys * kRows), visible(kKeys * kRows),
+          key_rows(in.keys * whole_vectors(in.width)), value_rows(in.keys * whole_vectors(in.values)), in(in),
+          first_cosines(kKeys * kRows), first_sines(kKeys * kRows), queries(in.width * kRows),
+          vertical(in.grid_rows * kRows), horizontal(in.grid_columns * kRows) {}
 
   // Whether it went to another item or head.
   bool go_to(int64_t next_item, int64_t next_head) {
@@ -366,7 +151,9 @@ class Tile {
     if (in.vertical) add_grid();
     if (in.full) add_full();
     int64_t width = whole_vectors(in.width);
-    multiply(keys, columns, in.width, {key_rows + first_key * width, width, 1}, queries, kRows, scores, kRows, in.vertical || in.full);
+    multiply(
+        keys, columns, in.width, {key_rows + first_key * width, width, 1}, queries, kRows, scores, kRows,
+        in.vertical || in.full);
   }
 
   // Forms cos(m A) and sin(m A), for m = 1, 2, … in turn.
@@ -394,7 +181,9 @@ class Tile {
 
   // f · (matrix ∘ mask), for a matrix keys × rows.
   void scale_visible(float* matrix) const {
-    for_each_vector([&](int64_t place, int64_t) { store(matrix + place, in.factor * load(visible + place) * load(matrix + place)); });
+    for_each_vector([&](int64_t place, int64_t) {
+      store(matrix + place, in.factor * load(visible + place) * load(matrix + place));
+    });
   }
 
   template <typename Work>
@@ -449,7 +238,7 @@ class Tile {
 class Softmax {
  public:
   explicit Softmax(const Inputs& in)
-      : in(in), exponentials(kKeys * kRows), attended(in.values * kRows), highest(kRows), totals(kRows) {}
+        : in(in), exponentials(kKeys * kRows), attended(in.values * kRows), highest(kRows), totals(kRows) {}
 
   void add(const Tile& tile) {
     if (tile.first_key == 0) std::fill_n(highest + 0, kRows, kLowest), std::fill_n(totals + 0, kRows, 0.0f);
@@ -478,7 +267,8 @@ class Softmax {
   void finish(const Tile& tile, float* to, float* log_totals) {
     for (int64_t k = 0; k < tile.columns; k += kLanes) {
       Vector factor = 1 / load(totals + k);
-      for (int64_t place = k; place < in.values * kRows; place += kRows) store(attended + place, factor * load(attended + place));
+      for (int64_t place = k; place < in.values * kRows; place += kRows)
+        store(attended + place, factor * load(attended + place));
     }
     transpose(attended, kRows, in.values, tile.rows, to, whole_vectors(in.values));
     for (int64_t k = 0; k < tile.rows; k++) log_totals[k] = highest[k] + std::log(totals[k]);
@@ -510,7 +300,8 @@ std::tuple<Tensor, Tensor, Tensor> fourier_attention(
   Tensor units = at::empty({in.items, in.heads, in.rank, in.rows}, query.options());
   Tensor output = at::empty({in.items, value ? in.rows : 0, in.heads, in.values}, query.options());
   Tensor log_totals = at::empty({in.items, in.heads, residual ? in.rows : 0, 1}, query.options());
-  float *to_units = units.data_ptr<float>(), *to_output = output.data_ptr<float>(), *to_log_totals = log_totals.data_ptr<float>();
+  float *to_units = units.data_ptr<float>(), *to_output = output.data_ptr<float>(),
+        *to_log_totals = log_totals.data_ptr<float>();
 
   at::parallel_for(0, in.items * in.heads * in.tiles(), 1, [&](int64_t begin, int64_t end) {
     Tile tile(in);
@@ -520,7 +311,9 @@ std::tuple<Tensor, Tensor, Tensor> fourier_attention(
       int64_t place = task / in.tiles();
       bool moved = tile.go_to(place / in.heads, place % in.heads);
       if (moved && projector && !tile.masked) {  // U = f Wᵀ V, (r, v)
-        multiply(in.rank, values, in.keys, in.projector_of(tile.head).transposed(), tile.value_rows, values, mixed, values, false);
+        multiply(
+            in.rank, values, in.keys, in.projector_of(tile.head).transposed(), tile.value_rows, values, mixed, values,
+            false);
         mixed.scale(in.factor);
       }
       tile.go_to_rows(task % in.tiles());
@@ -532,7 +325,9 @@ std::tuple<Tensor, Tensor, Tensor> fourier_attention(
           tile.go_to_harmonic(m);
           for (int kind : {0, 1}) {
             Matrix weights = in.weights(tile.head, kind, m, tile.first_key).transposed();
-            multiply(in.rank, tile.columns, tile.keys, weights, kind ? tile.sines : tile.cosines, kRows, sums, kRows, block || m > 1 || kind);
+            multiply(
+                in.rank, tile.columns, tile.keys, weights, kind ? tile.sines : tile.cosines, kRows, sums, kRows,
+                block || m > 1 || kind);
           }
         }
       }
@@ -540,12 +335,17 @@ std::tuple<Tensor, Tensor, Tensor> fourier_attention(
       if (!value) continue;
 
       if (residual) softmax.finish(tile, outputs, to_log_totals + place * in.rows + tile.first_row);
-      if (projector && !tile.masked) multiply(tile.rows, values, in.rank, {sums, 1, kRows}, mixed, values, outputs, values, residual);
+      if (projector && !tile.masked)
+        multiply(tile.rows, values, in.rank, {sums, 1, kRows}, mixed, values, outputs, values, residual);
       for (int64_t block = 0; projector && tile.masked && block < in.key_blocks(); block++) {
         tile.go_to_keys(block);
-        multiply(tile.keys, tile.columns, in.rank, in.projector_of(tile.head, tile.first_key), sums, kRows, weights, kRows, false);
+        multiply(
+            tile.keys, tile.columns, in.rank, in.projector_of(tile.head, tile.first_key), sums, kRows, weights, kRows,
+            false);
         tile.scale_visible(weights);
-        multiply(tile.rows, values, tile.keys, {weights, 1, kRows}, tile.value_rows + tile.first_key * values, values, outputs, values, residual || block);
+        multiply(
+            tile.rows, values, tile.keys, {weights, 1, kRows}, tile.value_rows + tile.first_key * values, values,
+            outputs, values, residual || block);
       }
       float* to = to_output + ((tile.item * in.rows + tile.first_row) * in.heads + tile.head) * in.values;
       copy_out(outputs, values, tile.rows, in.values, to, in.heads * in.values);
@@ -557,7 +357,9 @@ std::tuple<Tensor, Tensor, Tensor> fourier_attention(
 // ---- Backward ----
 
 // The sum of so many parts, one after the other along the first dimension.
-Tensor sum_parts(const Tensor& x, int64_t parts) { return parts == 1 ? x : x.unflatten(0, {parts, x.size(0) / parts}).sum(0); }
+Tensor sum_parts(const Tensor& x, int64_t parts) {
+  return parts == 1 ? x : x.unflatten(0, {parts, x.size(0) / parts}).sum(0);
+}
 
 // A task of the backward pass: some items, heads and tiles.
 struct Task {
@@ -580,9 +382,13 @@ class Plan {
 
   Task operator[](int64_t task) const {
     int64_t head = task / sums(), item = task / tiles % items, tile = task % tiles;
-    return {item * tiles + tile, in.items * item / items, in.items * (item + 1) / items,
-            in.heads * head / heads, in.heads * (head + 1) / heads,
-            in.tiles() * tile / tiles, in.tiles() * (tile + 1) / tiles};
+    return {item * tiles + tile,
+            in.items * item / items,
+            in.items * (item + 1) / items,
+            in.heads * head / heads,
+            in.heads * (head + 1) / heads,
+            in.tiles() * tile / tiles,
+            in.tiles() * (tile + 1) / tiles};
   }
 
   int64_t items, heads, tiles;  // how many parts each is cut into
@@ -593,7 +399,8 @@ class Plan {
 
 // What the backward pass is given beside the inputs.
 struct Given {
-  Matrices<float> d_units, d_output;  // gradients of S, (B, heads, N, r), and of the output, (B, heads, N, v); absent ones are 0
+  Matrices<float> d_units,
+      d_output;  // gradients of S, (B, heads, N, r), and of the output, (B, heads, N, v); absent ones are 0
   Matrices<float> units, output, log_totals;  // results of the forward pass: S, (B, heads, r, N), and so on
 };
 
@@ -602,15 +409,16 @@ struct Given {
 class Gradients {
  public:
   Gradients(const Inputs& in, const Given& given, int64_t heads)
-      : tile(in), rank(whole_vectors(in.rank)), width(whole_vectors(in.width)), values(whole_vectors(in.values)),
-        d_coefficients(heads * 2 * in.grid_size * in.keys * rank), d_projectors(in.projector ? heads * in.keys * rank : 0),
-        d_keys(in.keys * width), d_values(in.keys * values), d_queries(kRows * width), d_vertical(in.grid_rows * kRows),
-        d_horizontal(in.grid_columns * kRows), d_scores(kKeys * kRows), in(in), given(given),
-        projector_rows(in.projector ? in.keys * rank : 0), queries(kRows * width),
-        units(in.rank * kRows), unit_rows(kRows * rank), d_units(in.rank * kRows), d_unit_rows(kRows * rank),
-        d_outputs(kRows * values), d_outputs_transposed(in.values * kRows), log_totals(kRows), mean(kRows),
-        with_cosines(kKeys * kRows), with_sines(kKeys * kRows), weights(kKeys * kRows), mixed(in.values * rank),
-        d_mixed(in.rank * values), d_mixed_transposed(in.values * rank) {}
+        : tile(in), rank(whole_vectors(in.rank)), width(whole_vectors(in.width)), values(whole_vectors(in.values)),
+          d_coefficients(heads * 2 * in.grid_size * in.keys * rank),
+          d_projectors(in.projector ? heads * in.keys * rank : 0), d_keys(in.keys * width), d_values(in.keys * values),
+          d_queries(kRows * width), d_vertical(in.grid_rows * kRows), d_horizontal(in.grid_columns * kRows),
+          d_scores(kKeys * kRows), in(in), given(given), projector_rows(in.projector ? in.keys * rank : 0),
+          queries(kRows * width), units(in.rank * kRows), unit_rows(kRows * rank), d_units(in.rank * kRows),
+          d_unit_rows(kRows * rank), d_outputs(kRows * values), d_outputs_transposed(in.values * kRows),
+          log_totals(kRows), mean(kRows), with_cosines(kKeys * kRows), with_sines(kKeys * kRows),
+          weights(kKeys * kRows), mixed(in.values * rank), d_mixed(in.rank * values),
+          d_mixed_transposed(in.values * rank) {}
 
   void start(int64_t item, int64_t head, int64_t head_of_task) {
     tile.go_to(item, head);
@@ -655,19 +463,24 @@ class Gradients {
       float* b = a + in.grid_size * in.keys * rank;
       multiply(keys, rank, rows, {tile.cosines, kRows, 1}, d_unit_rows, rank, a, rank, true);
       multiply(keys, rank, rows, {tile.sines, kRows, 1}, d_unit_rows, rank, b, rank, true);
-      multiply(keys, columns, in.rank, in.weights(tile.head, 0, m, first_key), d_units, kRows, with_cosines, kRows, false);
-      multiply(keys, columns, in.rank, in.weights(tile.head, 1, m, first_key), d_units, kRows, with_sines, kRows, false);
+      multiply(
+          keys, columns, in.rank, in.weights(tile.head, 0, m, first_key), d_units, kRows, with_cosines, kRows, false);
+      multiply(
+          keys, columns, in.rank, in.weights(tile.head, 1, m, first_key), d_units, kRows, with_sines, kRows, false);
       tile.for_each_vector([&](int64_t place, int64_t) {
-        Vector slope = load(tile.cosines + place) * load(with_sines + place) - load(tile.sines + place) * load(with_cosines + place);
+        Vector slope = load(tile.cosines + place) * load(with_sines + place) -
+                       load(tile.sines + place) * load(with_cosines + place);
         store(d_scores + place, m > 1 || with_softmax ? load(d_scores + place) + float(m) * slope : slope);
       });
     }
-    multiply(rows, width, keys, {d_scores, 1, kRows}, tile.key_rows + first_key * width, width, d_queries, width, block);
+    multiply(
+        rows, width, keys, {d_scores, 1, kRows}, tile.key_rows + first_key * width, width, d_queries, width, block);
     multiply(keys, width, rows, {d_scores, kRows, 1}, queries, width, d_keys + first_key * width, width, true);
     if (in.vertical)
       tile.for_each_vector([&](int64_t place, int64_t k) {
         int64_t q = first_key + place / kRows;
-        float *down = d_vertical + q / in.grid_columns * kRows + k, *across = d_horizontal + q % in.grid_columns * kRows + k;
+        float *down = d_vertical + q / in.grid_columns * kRows + k,
+              *across = d_horizontal + q % in.grid_columns * kRows + k;
         store(down, load(down) + load(d_scores + place)), store(across, load(across) + load(d_scores + place));
       });
   }
@@ -703,13 +516,16 @@ class Gradients {
       // The weights of the values, f W Sᵀ ∘ mask: dV is their product with dO.
       multiply(tile.keys, tile.columns, in.rank, projector, units, kRows, weights, kRows, false);
       tile.scale_visible(weights);
-      multiply(tile.keys, values, rows, {weights, kRows, 1}, d_outputs, values, d_values + tile.first_key * values, values, true);
+      multiply(
+          tile.keys, values, rows, {weights, kRows, 1}, d_outputs, values, d_values + tile.first_key * values, values,
+          true);
       // Their gradients, f V dOᵀ ∘ mask: dS and dW are products of these.
       Matrix value = {tile.value_rows + tile.first_key * values, values, 1};
       multiply(tile.keys, tile.columns, in.values, value, d_outputs_transposed, kRows, weights, kRows, false);
       tile.scale_visible(weights);
       multiply(rows, rank, tile.keys, {weights, 1, kRows}, projector.at, rank, d_unit_rows, rank, true);
-      multiply(tile.keys, rank, rows, {weights, kRows, 1}, unit_rows, rank, d_projector + tile.first_key * rank, rank, true);
+      multiply(
+          tile.keys, rank, rows, {weights, kRows, 1}, unit_rows, rank, d_projector + tile.first_key * rank, rank, true);
     }
   }
 
@@ -726,14 +542,17 @@ class Gradients {
   // With P = softmax(A) and dP = dO Vᵀ: dA = P ∘ (dP − mean), and dV = Pᵀ dO.
   void add_softmax() {
     int64_t first_value = tile.first_key * values;
-    multiply(tile.keys, tile.columns, in.values, {tile.value_rows + first_value, values, 1}, d_outputs_transposed, kRows, d_scores, kRows, false);
+    multiply(
+        tile.keys, tile.columns, in.values, {tile.value_rows + first_value, values, 1}, d_outputs_transposed, kRows,
+        d_scores, kRows, false);
     tile.for_each_vector([&](int64_t place, int64_t k) {
       Vector p = exponential(load(tile.scores + place) - load(log_totals + k));
       if (tile.masked) p *= load(tile.visible + place);
       store(weights + place, p);
       store(d_scores + place, p * (load(d_scores + place) - load(mean + k)));
     });
-    multiply(tile.keys, values, tile.rows, {weights, kRows, 1}, d_outputs, values, d_values + first_value, values, true);
+    multiply(
+        tile.keys, values, tile.rows, {weights, kRows, 1}, d_outputs, values, d_values + first_value, values, true);
   }
 
   const Inputs& in;
@@ -751,15 +570,15 @@ class Gradients {
 // The gradients of query, key, coefficients, full, of all heads, vertical, horizontal, value and projector. Those of absent
 // inputs are empty, as is that of full without with_full.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fourier_attention_backward(
-    const optional<Tensor>& units_gradient, const optional<Tensor>& output_gradient, const Tensor& query, const Tensor& key,
-    const Tensor& coefficients, double scale, const optional<Tensor>& full, const optional<Tensor>& vertical,
-    const optional<Tensor>& horizontal, const optional<Tensor>& mask, const optional<Tensor>& value,
-    const optional<Tensor>& projector, double factor, bool residual, const Tensor& units,
+    const optional<Tensor>& units_gradient, const optional<Tensor>& output_gradient, const Tensor& query,
+    const Tensor& key, const Tensor& coefficients, double scale, const optional<Tensor>& full,
+    const optional<Tensor>& vertical, const optional<Tensor>& horizontal, const optional<Tensor>& mask,
+    const optional<Tensor>& value, const optional<Tensor>& projector, double factor, bool residual, const Tensor& units,
     const optional<Tensor>& output, const optional<Tensor>& log_totals, bool with_full) {
   Inputs in(query, key, coefficients, scale, full, vertical, horizontal, mask, value, projector, factor, residual);
   Given given{
-      Matrices<float>(units_gradient), Matrices<float>(output_gradient), Matrices<float>(units), Matrices<float>(output),
-      Matrices<float>(log_totals)};
+      Matrices<float>(units_gradient), Matrices<float>(output_gradient), Matrices<float>(units),
+      Matrices<float>(output), Matrices<float>(log_totals)};
 
   Plan plan(in);
   auto options = query.options();
@@ -767,7 +586,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fouri
   Tensor key_gradients = at::empty({plan.tiles * in.items, in.heads, in.keys, in.width}, options);
   Tensor coefficients_gradients = at::empty({plan.sums() * in.heads, 2, in.grid_size, in.keys, in.rank}, options);
   bool share_full = with_full && full->size(0) == 1;
-  Tensor full_gradients = at::zeros({share_full ? plan.items : in.items, in.heads, in.keys, with_full ? in.rows : 0}, options);
+  Tensor full_gradients =
+      at::zeros({share_full ? plan.items : in.items, in.heads, in.keys, with_full ? in.rows : 0}, options);
   Tensor vertical_gradient = at::empty({in.items, in.heads, in.rows, in.grid_rows}, options);
   Tensor horizontal_gradient = at::empty({in.items, in.heads, in.rows, in.grid_columns}, options);
   Tensor value_gradients = at::empty({plan.tiles * in.items, in.heads, in.keys, in.values}, options);
@@ -791,15 +611,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fouri
             for (int64_t block = 0; block < in.key_blocks(); block++) {
               sums.add(block);
               for (int64_t q = 0; with_full && q < tile.keys; q++) {
-                int64_t place = ((share_full ? task.index / plan.tiles : item) * in.heads + head) * in.keys + tile.first_key + q;
-                for (int64_t k = 0; k < tile.rows; k++) to_full[place * in.rows + tile.first_row + k] += sums.d_scores[q * kRows + k];
+                int64_t place =
+                    ((share_full ? task.index / plan.tiles : item) * in.heads + head) * in.keys + tile.first_key + q;
+                for (int64_t k = 0; k < tile.rows; k++)
+                  to_full[place * in.rows + tile.first_row + k] += sums.d_scores[q * kRows + k];
               }
             }
             int64_t row = (item * in.heads + head) * in.rows + tile.first_row;
             copy_out(sums.d_queries, sums.width, tile.rows, in.width, to_query + row * in.width, in.width, in.scale);
             for (int64_t k = 0; k < tile.rows; k++) {
-              for (int64_t y = 0; y < in.grid_rows; y++) to_vertical[(row + k) * in.grid_rows + y] = sums.d_vertical[y * kRows + k];
-              for (int64_t x = 0; x < in.grid_columns; x++) to_horizontal[(row + k) * in.grid_columns + x] = sums.d_horizontal[x * kRows + k];
+              for (int64_t y = 0; y < in.grid_rows; y++)
+                to_vertical[(row + k) * in.grid_rows + y] = sums.d_vertical[y * kRows + k];
+              for (int64_t x = 0; x < in.grid_columns; x++)
+                to_horizontal[(row + k) * in.grid_columns + x] = sums.d_horizontal[x * kRows + k];
             }
           }
           sums.finish();
@@ -809,14 +633,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fouri
         }
       int64_t first = task.index * in.heads + task.first_head, heads = task.end_head - task.first_head;
       int64_t size = 2 * in.grid_size * in.keys;
-      copy_out(sums.d_coefficients, sums.rank, heads * size, in.rank, to_coefficients + first * size * in.rank, in.rank);
-      if (projector) copy_out(sums.d_projectors, sums.rank, heads * in.keys, in.rank, to_projector + first * in.keys * in.rank, in.rank);
+      copy_out(
+          sums.d_coefficients, sums.rank, heads * size, in.rank, to_coefficients + first * size * in.rank, in.rank);
+      if (projector)
+        copy_out(
+            sums.d_projectors, sums.rank, heads * in.keys, in.rank, to_projector + first * in.keys * in.rank, in.rank);
     }
   });
   return {
-      query_gradient, sum_parts(key_gradients, plan.tiles), sum_parts(coefficients_gradients, plan.sums()),
-      (share_full ? full_gradients.sum(0, true) : full_gradients).transpose(2, 3), vertical_gradient, horizontal_gradient,
-      sum_parts(value_gradients, plan.tiles), sum_parts(projector_gradients, plan.sums())};
+      query_gradient,
+      sum_parts(key_gradients, plan.tiles),
+      sum_parts(coefficients_gradients, plan.sums()),
+      (share_full ? full_gradients.sum(0, true) : full_gradients).transpose(2, 3),
+      vertical_gradient,
+      horizontal_gradient,
+      sum_parts(value_gradients, plan.tiles),
+      sum_parts(projector_gradients, plan.sums())};
 }
 
 // ---- Autograd ----
@@ -830,8 +662,8 @@ class Attention : public torch::autograd::Function<Attention> {
       bool residual) {
     at::AutoDispatchBelowAutograd guard;
     static auto op = find<decltype(fourier_attention)>("karat_det::fourier_attention");
-    auto [units, output, log_totals] = op.call(
-        query, key, coefficients, scale, full, vertical, horizontal, mask, value, projector, factor, residual);
+    auto [units, output, log_totals] =
+        op.call(query, key, coefficients, scale, full, vertical, horizontal, mask, value, projector, factor, residual);
     auto tensor = [](const optional<Tensor>& x) { return x.value_or(Tensor()); };
     context->set_materialize_grads(false);
     context->saved_data["settings"] = std::make_tuple(scale, factor, residual);
@@ -852,12 +684,23 @@ class Attention : public torch::autograd::Function<Attention> {
     bool with_full = saved[3].defined() && context->needs_input_grad(3);
     auto [query, key, coefficients, full, vertical, horizontal, value, projector] = op.call(
         given(d_units), given(d_output), saved[0], saved[1], saved[2], scale, given(saved[3]), given(saved[4]),
-        given(saved[5]), given(saved[6]), given(saved[7]), given(saved[8]), factor, residual, saved[9], given(saved[10]),
-        given(saved[11]), with_full);
+        given(saved[5]), given(saved[6]), given(saved[7]), given(saved[8]), factor, residual, saved[9],
+        given(saved[10]), given(saved[11]), with_full);
     if (with_full) full = full.sum_to_size(saved[3].sizes());
     auto of = [&](int input, const Tensor& gradient) { return saved[input].defined() ? gradient : Tensor(); };
-    return {query, key, coefficients, {}, with_full ? full : Tensor(), of(4, vertical), of(5, horizontal), {}, of(7, value),
-            of(8, projector), {}, {}};
+    return {
+        query,
+        key,
+        coefficients,
+        {},
+        with_full ? full : Tensor(),
+        of(4, vertical),
+        of(5, horizontal),
+        {},
+        of(7, value),
+        of(8, projector),
+        {},
+        {}};
   }
 
  private:
@@ -883,7 +726,8 @@ TORCH_LIBRARY_FRAGMENT(karat_det, library) {
   library.def(("fourier_attention(" + inputs + ") -> (Tensor, Tensor, Tensor)").c_str());
   library.def(("fourier_attention_backward(Tensor? units_gradient, Tensor? output_gradient, " + inputs +
                ", Tensor units, Tensor? output, Tensor? log_totals, bool with_full)"
-               " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)").c_str());
+               " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+                  .c_str());
 }
 
 TORCH_LIBRARY_IMPL(karat_det, CPU, library) {
