@@ -261,11 +261,11 @@ def _plot(study: Study, values: dict, path: Path) -> None:
 def _train(study: Study, settings: Settings, folder: Path, job: int, weights: Path | None = None) -> dict[str, float]:
     """Trains one run to its end, unless it has a result, and returns its AP."""
     result, settings_file = folder / "result.json", folder / "settings.yaml"
-    # The whole config, since CONFIG may change too, but for what the machine decides; and without the start's weights,
-    # whose path depends on --output's.
+    # The whole config, since CONFIG may change too, but for what the machine decides and changes no result; and without
+    # the start's weights, whose path depends on --output's.
     cfg = load_cfg(str(study.config), _words(settings)).clone()
     cfg.defrost()
-    cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED, cfg.DATALOADER.NUM_WORKERS = "", False, 0
+    cfg.MODEL.DEVICE, cfg.DATALOADER.NUM_WORKERS = "", 0
     told = cfg.dump()
     if settings_file.is_file() and settings_file.read_text(encoding="utf-8") != told:
         raise RuntimeError(

@@ -85,8 +85,13 @@ def test_a_run_that_fails_names_its_console(study, tmp_path):
 def test_a_finished_run_is_not_taken_for_one_with_other_settings(study):
     content = yaml.safe_load((study / "study.yaml").read_text())
     (study / "own.yaml").write_text(f"_BASE_: {content['CONFIG']}\nSOLVER:\n  WEIGHT_DECAY: 0.1\n")
-    longer = content | {"SETTINGS": content["SETTINGS"] | {"SOLVER.MAX_ITER": 3}}
-    for name, other in (("longer.yaml", longer), ("decays.yaml", content | {"CONFIG": "own.yaml"})):
+    others = {
+        "longer.yaml": {"SETTINGS": content["SETTINGS"] | {"SOLVER.MAX_ITER": 3}},
+        "narrow.yaml": {"SETTINGS": content["SETTINGS"] | {"SOLVER.AMP.ENABLED": True}},
+        "decays.yaml": {"CONFIG": "own.yaml"},
+    }
+    for name, other in others.items():
+        other = content | other
         (study / name).write_text(yaml.safe_dump(other, sort_keys=False))
         done = run(study, name)
         assert done.returncode != 0
