@@ -4,6 +4,7 @@
 detectron2.modeling.backbone.vit. Feature maps are (B, C, H / stride, W / stride) for images (B, 3, H, W).
 """
 
+import itertools
 import math
 from functools import partial
 
@@ -89,7 +90,8 @@ def build_vitdet_karat_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SimpleF
 class PaddingFeaturePyramid(SimpleFeaturePyramid):
     """Detectron2's pyramid, which pads images, on the right and below, to the size that its ViT was made for.
 
-    Detectron2 itself pads a batch to its largest image, or to a square, to which it crops what is larger.
+    Detectron2 itself pads a batch to its largest image, or to a square, to which it crops what is larger. Its coarsest
+    levels lose the edge of a map with an odd number of tokens; here every level covers the whole image.
 
     Args:
         net: the ViT.
@@ -102,6 +104,9 @@ class PaddingFeaturePyramid(SimpleFeaturePyramid):
         super().__init__(net, **arguments)
         self.image_size = image_size
         self.is_size_fixed = is_size_fixed
+        for layer in itertools.chain(*self.stages):
+            if isinstance(layer, nn.MaxPool2d):
+                layer.ceil_mode = True  # an odd number of tokens keeps its last row and column
 
     @property
     def padding_constraints(self) -> dict[str, int]:

@@ -310,6 +310,17 @@ def test_other_strides_name_their_levels(configs):
     assert {name: shape.stride for name, shape in backbone.output_shape().items()} == {"p3": 8, "p4": 16, "p5": 32}
 
 
+def test_every_level_covers_an_image_whose_side_no_coarse_stride_divides(configs):
+    stages = {"DEPTHS": [1] * 4, "NUM_HEADS": [1] * 4, "OUT_FEATURES": [f"p{stage}" for stage in range(4)]}
+    levels = [f"p{level}" for level in range(2, 7)]
+    detector = {"MODEL__RPN__IN_FEATURES": levels, "MODEL__ROI_BOX_HEAD__FC_DIM": 8}
+    model = build_model(config(configs, **stages, **detector, MODEL__ANCHOR_GENERATOR__SIZES=[[16]] * 5))
+    images = model.preprocess_image([{"image": torch.zeros(3, 80, 80)}])
+    assert {name: feature.shape[-1] for name, feature in model.backbone(images.tensor).items()} == {
+        "p2": 24, "p3": 12, "p4": 6, "p5": 3, "p6": 2
+    }  # fmt: skip
+
+
 def test_a_copy_computes_the_same_under_autocast_too(configs):
     backbone = build(configs)
     twin = copy.deepcopy(backbone)

@@ -301,6 +301,17 @@ def test_smaller_images_are_padded_on_the_right_and_below(configs):
         assert torch.equal(backbone(image[..., :40, :100])[level], feature)
 
 
+@pytest.mark.parametrize("overrides", [{"IMG_SIZE": 80}, {"GLOBAL_BLOCKS": "window"}])
+def test_every_level_covers_an_image_whose_side_no_coarse_stride_divides(configs, overrides):
+    backbone = build(configs, **overrides)
+    features = backbone(torch.randn(1, 3, 80, 80))
+    assert {name: feature.shape[-1] for name, feature in features.items()} == {
+        "p2": 20, "p3": 10, "p4": 5, "p5": 3, "p6": 2
+    }  # fmt: skip
+    tokens = torch.randn(1, 24, 5, 5)
+    assert torch.equal(backbone.simfp_5[0](tokens)[..., 2, 2], tokens[..., 4, 4])
+
+
 def test_transposed_images_give_transposed_features(configs):
     """Where nothing depends on the direction, the axes of an image are equal; a grid taken for its transpose is not."""
     tall, wide = build(configs, IMG_SIZE=160, IMG_WIDTH=64), build(configs, IMG_WIDTH=160)
