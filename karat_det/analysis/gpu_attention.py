@@ -17,8 +17,9 @@ from ..attention import Bias, KArAtAttention, KArAtConfig, KArAtOperator, backen
 from ..attention.module import rel_pos_terms
 from ..config import image_size
 from ..engine.setup import load_cfg
-from .benchmark import SDPA, AttentionCore, AttentionShape, Turns, peak_memory
+from .benchmark_attention import SDPA, AttentionCore, AttentionShape
 from .check_runner import FAIL, FOR_THE_RECORD, PASS, SKIPPED, Row, ratio
+from .measuring import Turns, peak_memory
 
 NO_BIAS, MASK, REL_POS, LEARNED_BIAS = "no bias", "mask", "relative positions", "learned bias"
 
@@ -192,7 +193,7 @@ def check_times(device: str, shape: AttentionShape, dtype: torch.dtype, turns: T
     passes = {name: forward_and_backward(AttentionCore(name, shape).to(device), inputs) for name in (SDPA, *names)}
     seconds = turns.median_seconds(passes)
     peaks = {name: max(1, peak_memory(run, device)) for name, run in passes.items()}
-    reason = why_no_kernels(inputs[0], shape.grid if shape.rel_pos else (), 3, shape.rank)
+    reason = why_no_kernels(inputs[0], shape.grid if shape.bias == "rel_pos" else (), 3, shape.rank)
     rows = []
     for name in names:
         measured = [

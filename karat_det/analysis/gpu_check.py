@@ -14,7 +14,7 @@ import torch
 
 from ..attention import backends
 from ..checkpoint.publishing import working_commit
-from .benchmark import GRIDS, AttentionShape, Turns
+from .benchmark_attention import GRIDS, AttentionShape
 from .check_runner import FAIL, PASS, Check, Row, run_checks, table
 from .gpu_attention import (
     LEARNED_BIAS,
@@ -29,6 +29,7 @@ from .gpu_attention import (
     name_of,
 )
 from .gpu_training import check_processes, check_resume, check_training
+from .measuring import Turns
 
 MACHINE = "machine"
 DTYPES = (torch.float32, torch.bfloat16)
@@ -118,9 +119,9 @@ def gpu_checks(root: Path, output_dir: Path, device: str = "cuda") -> dict[str, 
             check_times,
             {"device": device, "shape": shape, "dtype": dtype, "turns": turns},
         )
-        for rel_pos in (False, True)
+        for bias in ("none", "rel_pos")
         for dtype in DTYPES
-        for shape in (AttentionShape(batch_sizes[grid], grid=grid, rel_pos=rel_pos) for grid in CHECKED_GRIDS)
+        for shape in (AttentionShape(batch_sizes[grid], grid=grid, bias=bias) for grid in CHECKED_GRIDS)
     ]
     return {
         "errors": [Check(MACHINE, describe_machine, {"root": root}), *errors],

@@ -25,8 +25,9 @@ from ..checkpoint.run_folder import read_metrics
 from ..config import image_size
 from ..data.digits import generate_digits
 from ..engine.setup import load_cfg
-from .benchmark import make_step, peak_memory
+from .benchmark_detector import make_step
 from .check_runner import FAIL, FOR_THE_RECORD, PASS, Row, Skip, ratio
+from .measuring import peak_memory
 
 # How far KArAt's loss may be from softmax's after a few steps from random weights.
 CLOSE = 0.2

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from karat_det.analysis import gpu_attention
-from karat_det.analysis.benchmark import AttentionShape, Turns
+from karat_det.analysis.benchmark_attention import AttentionShape
 from karat_det.analysis.check_runner import FAIL, FOR_THE_RECORD, PASS, SKIPPED
 from karat_det.analysis.gpu_attention import (
     LEARNED_BIAS,
@@ -20,6 +20,7 @@ from karat_det.analysis.gpu_attention import (
     check_times,
     largest_error,
 )
+from karat_det.analysis.measuring import Turns
 
 SCORES = (NO_BIAS, MASK, REL_POS, LEARNED_BIAS)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -121,7 +122,7 @@ def test_a_device_without_kernels_skips_them_and_says_why(monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_times_and_memory_are_over_fused_softmax(dtype):
-    shape = AttentionShape(batch_size=2, num_heads=2, grid=(4, 5), head_dim=8, rank=4, rel_pos=True)
+    shape = AttentionShape(batch_size=2, num_heads=2, grid=(4, 5), head_dim=8, rank=4, bias="rel_pos")
     rows = check_times("cpu", shape, dtype, Turns(repeats=1))
     assert [row.name.split(", over scaled_dot_product_attention: ")[0] for row in rows] == [
         "attend, G = 1",

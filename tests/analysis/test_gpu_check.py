@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from karat_det.analysis import gpu_check
-from karat_det.analysis.benchmark import AttentionShape, Turns
+from karat_det.analysis.benchmark_attention import AttentionShape
 from karat_det.analysis.check_runner import FAIL, PASS, SKIPPED, Check, Row, rows_of
 from karat_det.analysis.gpu_attention import (
     LEARNED_BIAS,
@@ -19,6 +19,7 @@ from karat_det.analysis.gpu_attention import (
     check_times,
 )
 from karat_det.analysis.gpu_check import describe_machine, gpu_checks, make_report, run_gpu_check
+from karat_det.analysis.measuring import Turns
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,7 +46,7 @@ def test_the_plan_has_all_that_is_promised(tmp_path):
                     assert (case.head_dim, case.rank) == (64, 12)
     assert len(cases) == 64
     shapes = {
-        (c.arguments["shape"].num_tokens, c.arguments["shape"].rel_pos, c.arguments["dtype"]) for c in groups["times"]
+        (c.arguments["shape"].num_tokens, c.arguments["shape"].bias, c.arguments["dtype"]) for c in groups["times"]
     }
     assert len(shapes) == 4 * 2 * 2
     assert [check.arguments["config_file"].name for check in groups["training"]] == [
