@@ -31,8 +31,8 @@ def run_benchmark(
 ) -> Iterator[Results]:
     """Measures some parts, with a line in the log for each comparison begun, and yields all results after each.
 
-    The process uses freed memory again from now on: page faults, whose number depends on what was allocated before, would
-    else be a third of an attention's time.
+    The process uses freed memory again from now on: page faults would else be a third of an attention's time, and how
+    many there are depends on what was allocated before.
 
     Args:
         parts: some of PARTS.

@@ -127,20 +127,21 @@ class AttentionCore(nn.Module):
         self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        scale = query.shape[-1] ** -0.5
         if self.evaluation == "fused":
             return F.scaled_dot_product_attention(query, key, value, attn_mask=self._bias(query))
+        terms = () if self.rel_pos_h is None else rel_pos_terms(query, self.rel_pos_h, self.rel_pos_w)
+        bias = Bias(self.table, *terms)
+        if self.evaluation == "attend":
+            return self.operator.attend(query, key, value, bias, mask=self.mask)
+        if self.evaluation == "plain":
+            with _plain_back_end():
+                return self.operator.attend(query, key, value, bias, mask=self.mask)
+        scale = query.shape[-1] ** -0.5
         if self.evaluation == "written out":
             scores = (query * scale) @ key.transpose(-2, -1)
             bias = self._bias(query)
             return (scores if bias is None else scores + bias).softmax(dim=-1) @ value
-        terms = () if self.rel_pos_h is None else rel_pos_terms(query, self.rel_pos_h, self.rel_pos_w)
-        bias = Bias(self.table, *terms)
-        if self.evaluation == "direct":
-            scores = bias.add_to((query * scale) @ key.transpose(-2, -1))
-            return self._direct(scores) @ value
-        with _plain_back_end(self.evaluation == "plain"):
-            return self.operator.attend(query, key, value, bias, mask=self.mask)
+        return self._direct(bias.add_to((query * scale) @ key.transpose(-2, -1))) @ value
 
     def _direct(self, scores: Tensor) -> Tensor:
         operator = self.operator
@@ -257,15 +258,11 @@ def _core_peak(variant: str, shape: AttentionShape, device: str) -> int:
 
 
 @contextmanager
-def _plain_back_end(is_forced: bool) -> Iterator[None]:
+def _plain_back_end() -> Iterator[None]:
     """A context in which attention is plain PyTorch."""
-    before = os.environ.get("KARAT_BACKEND")
-    if is_forced:
-        os.environ["KARAT_BACKEND"] = "plain"
+    before = os.environ.get("KARAT_BACKEND", "")
+    os.environ["KARAT_BACKEND"] = "plain"
     try:
         yield
     finally:
-        if is_forced:
-            os.environ.pop("KARAT_BACKEND")
-        if is_forced and before is not None:
-            os.environ["KARAT_BACKEND"] = before
+        os.environ["KARAT_BACKEND"] = before

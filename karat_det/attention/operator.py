@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import backends
 from .backends import plain
-from .backends.plain import at_least_float32, without_autocast
+from .backends.plain import at_least_float32
 from .basis import BASE_FUNCTIONS, Basis, BSpline, Fourier, Rational, Wavelet
 from .bias import Bias, of_heads, split_mask
 from .config import KArAtConfig
@@ -140,6 +140,9 @@ class FunctionLayer(nn.Module):
         return inputs[..., 0, :].numel() * self.basis.elements_per_input(self.coefficients.shape[-1])
 
 
+_NO_BIAS = Bias()
+
+
 class KArAtOperator(FunctionLayer):
     """The learnable operators of all heads of a block, or of all blocks that share them.
 
@@ -181,6 +184,7 @@ class KArAtOperator(FunctionLayer):
         self.num_heads = num_heads
         self.num_karat_heads = num_karat_heads
         self.num_tokens = num_tokens
+        self._size = (num_heads, num_tokens)
         self.config = config
 
         self.projector = self.outer = None
@@ -254,7 +258,7 @@ class KArAtOperator(FunctionLayer):
         if mask is not None:
             self._check_broadcast("mask", mask, scores.shape[:-3])
         ours, rest = slice(self.num_karat_heads), slice(self.num_karat_heads, None)
-        with without_autocast(scores.device):
+        with torch.autocast(scores.device.type, enabled=False):
             exact = at_least_float32(scores)
             activated = self._activate(exact[..., ours, :, :], of_heads(mask, ours))
             if self.num_karat_heads < self.num_heads:
@@ -293,20 +297,26 @@ class KArAtOperator(FunctionLayer):
             ValueError: there are not N tokens or not the operator's number of heads in query, key and value, not N
                 tokens in the grid of a Bias, or a bias or mask is of a shape that does not fit.
         """
-        for name, tensor in (("query", query), ("key", key), ("value", value)):
-            self._check_size(name, tensor)
+        if torch.is_autocast_enabled(query.device.type):
+            with torch.autocast(query.device.type, enabled=False):
+                return self.attend(query, key, value, bias, scale, mask)
+        if not self._size == query.shape[-3:-1] == key.shape[-3:-1] == value.shape[-3:-1]:
+            for name, tensor in (("query", query), ("key", key), ("value", value)):
+                self._check_size(name, tensor)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        bias, mask = self._check_bias(bias, mask, query.shape[:-3])
-        with without_autocast(query.device):
-            if self.num_karat_heads == self.num_heads:
-                return self._attend(query, key, value, scale, bias, mask)
-            results = []
-            for attend, heads in (
-                (self._attend, slice(self.num_karat_heads)),
-                (plain.softmax_attention, slice(self.num_karat_heads, None)),
-            ):
-                inputs = (x[..., heads, :, :] for x in (query, key, value))
-                results.append(attend(*inputs, scale, bias.of_heads(heads), of_heads(mask, heads)))
+        if bias is None and mask is None:
+            bias = _NO_BIAS
+        else:
+            bias, mask = self._check_bias(bias, mask, query.shape[:-3])
+        if self.num_karat_heads == self.num_heads:
+            return self._attend(query, key, value, scale, bias, mask)
+        results = []
+        for attend, heads in (
+            (self._attend, slice(self.num_karat_heads)),
+            (plain.softmax_attention, slice(self.num_karat_heads, None)),
+        ):
+            inputs = (x[..., heads, :, :] for x in (query, key, value))
+            results.append(attend(*inputs, scale, bias.of_heads(heads), of_heads(mask, heads)))
         return torch.cat(results, dim=-3)
 
     def _activate(self, scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -401,8 +411,6 @@ class KArAtOperator(FunctionLayer):
         self, bias: Tensor | Bias | None, mask: Tensor | None, batch: torch.Size
     ) -> tuple[Bias, Tensor | None]:
         """The finite Bias, with all dimensions, and the boolean mask, after a look at their shapes."""
-        if bias is None and mask is None:
-            return Bias(), None
         if mask is not None and mask.dtype != torch.bool:
             raise ValueError(
                 f"mask is of {mask.dtype}. It must be boolean, False where a query does not see a key. Floats that are "

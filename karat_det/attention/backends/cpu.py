@@ -36,7 +36,7 @@ _logger = logging.getLogger(__name__)
 
 def can_run(*tensors: Tensor) -> bool:
     """Whether these are float32 tensors on the CPU and the library is there. The first call may compile it."""
-    return all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors) and is_available()
+    return all(x.is_cpu and x.dtype == torch.float32 for x in tensors) and is_available()
 
 
 @torch.compiler.assume_constant_result

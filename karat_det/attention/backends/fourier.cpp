@@ -41,7 +41,7 @@ using std::optional;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-constexpr int64_t kRows = 64, kKeys = 56;  // the scores, sines and cosines of a tile take 3 · 14 KiB
+constexpr int64_t kRows = 64, kKeys = 56, kTile = kKeys * kRows;  // scores, sines and cosines take 3 · 14 KiB
 
 // A matrix for each item of a batch and each head. What all share has the distance 0.
 template <typename T>
@@ -104,10 +104,10 @@ struct Inputs {
 class Tile {
  public:
   explicit Tile(const Inputs& in)
-        : scores(kKeys * kRows), cosines(kKeys * kRows), sines(kKeys * kRows), visible(kKeys * kRows),
+        : scores(kTile), cosines(kTile), sines(kTile), visible(in.mask ? kTile : 0),
           key_rows(in.keys * whole_vectors(in.width)), value_rows(in.keys * whole_vectors(in.values)), in(in),
-          first_cosines(kKeys * kRows), first_sines(kKeys * kRows), queries(in.width * kRows),
-          vertical(in.grid_rows * kRows), horizontal(in.grid_columns * kRows) {}
+          first_cosines(in.grid_size > 1 ? kTile : 0), first_sines(in.grid_size > 1 ? kTile : 0),
+          queries(in.width * kRows), vertical(in.grid_rows * kRows), horizontal(in.grid_columns * kRows) {}
 
   // Whether it went to another item or head.
   bool go_to(int64_t next_item, int64_t next_head) {
@@ -238,7 +238,8 @@ class Tile {
 class Softmax {
  public:
   explicit Softmax(const Inputs& in)
-        : in(in), exponentials(kKeys * kRows), attended(in.values * kRows), highest(kRows), totals(kRows) {}
+        : in(in), exponentials(in.residual ? kTile : 0), attended(in.residual ? in.values * kRows : 0), highest(kRows),
+          totals(kRows) {}
 
   void add(const Tile& tile) {
     if (tile.first_key == 0) std::fill_n(highest + 0, kRows, kLowest), std::fill_n(totals + 0, kRows, 0.0f);
@@ -306,7 +307,7 @@ std::tuple<Tensor, Tensor, Tensor> fourier_attention(
   at::parallel_for(0, in.items * in.heads * in.tiles(), 1, [&](int64_t begin, int64_t end) {
     Tile tile(in);
     Softmax softmax(in);
-    Floats sums(in.rank * kRows), mixed(in.rank * values), weights(kKeys * kRows), outputs(kRows * values);
+    Floats sums(in.rank * kRows), mixed(in.rank * values), weights(in.mask ? kTile : 0), outputs(kRows * values);
     for (int64_t task = begin; task < end; task++) {
       int64_t place = task / in.tiles();
       bool moved = tile.go_to(place / in.heads, place % in.heads);
@@ -413,11 +414,11 @@ class Gradients {
           d_coefficients(heads * 2 * in.grid_size * in.keys * rank),
           d_projectors(in.projector ? heads * in.keys * rank : 0), d_keys(in.keys * width), d_values(in.keys * values),
           d_queries(kRows * width), d_vertical(in.grid_rows * kRows), d_horizontal(in.grid_columns * kRows),
-          d_scores(kKeys * kRows), in(in), given(given), projector_rows(in.projector ? in.keys * rank : 0),
+          d_scores(kTile), in(in), given(given), projector_rows(in.projector ? in.keys * rank : 0),
           queries(kRows * width), units(in.rank * kRows), unit_rows(kRows * rank), d_units(in.rank * kRows),
           d_unit_rows(kRows * rank), d_outputs(kRows * values), d_outputs_transposed(in.values * kRows),
-          log_totals(kRows), mean(kRows), with_cosines(kKeys * kRows), with_sines(kKeys * kRows),
-          weights(kKeys * kRows), mixed(in.values * rank), d_mixed(in.rank * values),
+          log_totals(kRows), mean(kRows), with_cosines(kTile), with_sines(kTile),
+          weights(in.residual || in.mask ? kTile : 0), mixed(in.values * rank), d_mixed(in.rank * values),
           d_mixed_transposed(in.values * rank) {}
 
   void start(int64_t item, int64_t head, int64_t head_of_task) {

@@ -4,7 +4,6 @@ Scores are formed row by row, as many at a time as fit a chunk, and again in the
 with N, not with N².
 """
 
-import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -67,13 +66,6 @@ def scores(query: Tensor, key: Tensor, scale: float, bias: Bias | None = None) -
 def at_least_float32(tensor: Tensor) -> Tensor:
     """The tensor in float32, or in its own type if that is wider: phases m · A in a narrower one are noise."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
-
-
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """A context in which autocast does not narrow any type."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()  # it costs a tenth of torch.autocast, which a small attention feels
 
 
 def masked_softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -193,7 +185,7 @@ class _ByRows(torch.autograd.Function):
             chunk = slice(row, row + ctx.rows)
             inputs = [None if x is None else x.detach() for x in (*_cut(rowwise, chunk), *shared)]
             learning = [x.requires_grad_() for x, need in zip(inputs, needed, strict=True) if need]
-            with without_autocast(output_gradient.device):
+            with torch.autocast(output_gradient.device.type, enabled=False):
                 with torch.enable_grad():
                     result = ctx.function(*inputs)
                 parts = torch.autograd.grad(result, learning, output_gradient[..., chunk, :], allow_unused=True)
