@@ -1,5 +1,6 @@
 """Every YAML key that karat_det adds to Detectron2's, with its default.
 
+What an operator is made of, in MODEL.KARAT, is explained in attention/config.py: each field of KArAtConfig is a key.
 The defaults are those of ViT-Base at 224 × 224 with one universal Fourier operator of grid size 1 (G1U).
 Detectron2's own keys keep Detectron2's defaults: what a family of models changes of them stands in its base YAML file.
 Without effect are those of what is replaced here: INPUT.MIN_SIZE_* and MAX_SIZE_* (images are resized as INPUT.RESIZE
@@ -257,41 +258,14 @@ def _add_divergence(solver: CfgNode) -> None:
 
 def _add_operator(model: CfgNode) -> None:
     """Adds MODEL.KARAT, as detectors and classifiers have it, to MODEL."""
-    # The operator that replaces softmax, its keys being fields of karat_det.attention.config.KArAtConfig, and where it
-    # does: ENABLED, SHARING and BLOCKS.
-    model.KARAT = type(model)()
+    # What an operator is made of: the fields of KArAtConfig in upper case, with their defaults. That class explains
+    # them. The keys after it say where a network has operators.
+    model.KARAT = type(model)({field.name.upper(): field.default for field in fields(KArAtConfig)})
     # False builds the softmax model, Detectron2's or timm's own, parameter for parameter: the baseline of every
     # comparison.
     model.KARAT.ENABLED = True
-    # Family of one-dimensional functions: "fourier", "bspline", "rational", "mexican_hat", "morlet", "dog", "meyer" or
-    # "shannon".
-    model.KARAT.BASIS = "fourier"
-    # Number of frequencies G of a Fourier series, or of intervals of a B-spline, at least 1. The G of the paper's "G1B"
-    # and "G3U".
-    model.KARAT.GRID_SIZE = 1
-    # Rank r of the operator, from 1 to the number of tokens N that one attention sees. None is full rank, for small N.
-    model.KARAT.RANK = 12
     # "blockwise": each block has its own operators. "universal": all blocks hold the very same one.
     model.KARAT.SHARING = "universal"
-    # b(x), added to every function of the series: "zero", "identity", "silu" or "gelu".
-    model.KARAT.BASE_FUNCTION = "zero"
-    # Where the linear projector W stands: "project_after" is W Φ̂(A), "project_before" Φ̂(W A); "two_operators" is
-    # Φ̂₂(Φ̂₁(A)), without W.
-    model.KARAT.ORDER = "project_after"
-    # "simplex" projects each row of the activated attention on the probability simplex; "none" leaves it.
-    model.KARAT.PROJECTION = "none"
-    # "none", or "softmax" for softmax(A) + W Φ̂(A) with W = 0 at the start: a softmax network's exact continuation.
-    model.KARAT.RESIDUAL = "none"
-    # How many of each block's heads are KArAt; the rest are softmax. None is all.
-    model.KARAT.NUM_KARAT_HEADS = None
-    # "scaled" keeps the sums at unit variance and the activated attention at the scale of 1/N, whatever N and G;
-    # "paper" is the paper's a, b ~ N(0, 1).
-    model.KARAT.INIT = "scaled"
-    # Order k and range I of B-splines: pieces of degree k on GRID_SIZE intervals that tile [−I, I].
-    model.KARAT.SPLINE_ORDER = 3
-    model.KARAT.SPLINE_RANGE = 3.0
-    # On CUDA, sum a Fourier operator's functions over the scores in Triton kernels.
-    model.KARAT.TRITON = True
     # Indices of the blocks that get KArAt; [] is all. The others stay as they are in the softmax model.
     model.KARAT.BLOCKS = []
 

@@ -23,9 +23,10 @@ class KArAtConfig:
     Args:
         basis: family of the one-dimensional functions: "fourier", "bspline", "rational", "mexican_hat", "morlet",
             "dog", "meyer" or "shannon"; see basis.py.
-        grid_size: G, at least 1: number of frequencies of "fourier", of intervals of "bspline".
-        rank: rank r of the operator, from 1 to the number of tokens. None is full rank, Φ̂ alone with N×N functions:
-            for small N.
+        grid_size: G, at least 1: number of frequencies of "fourier", of intervals of "bspline". The G of the paper's
+            "G1B" and "G3U".
+        rank: rank r of the operator, from 1 to N, the number of tokens that one attention sees. None is full rank, Φ̂
+            alone with N×N functions: for small N.
         base_function: b(x), added to every function: "zero", "identity", "silu" or "gelu".
         order: "project_after", which is W Φ̂(A); "project_before", Φ̂(W A), with W r×N and N×r functions; or
             "two_operators", Φ̂₂(Φ̂₁(A)), without W.

@@ -18,7 +18,7 @@ from fvcore.common.checkpoint import Checkpointer
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from ..attention import KArAtAttention, KArAtOperator
+from ..attention import KArAtAttention, KArAtConfig, KArAtOperator
 from ..attention.window import KArAtSwinWindowAttention
 from .files import check_weights, read_weights
 from .inspection import not_a_file
@@ -28,10 +28,11 @@ from .run_folder import check_finite, checkpoints, write_checkpoint
 
 logger = logging.getLogger(__name__)
 
-# Fields of KArAtConfig that make another function of the same tensors.
-_FUNCTION = ("basis", "order", "base_function", "projection", "residual", "init")
-# Those of B-splines alone, of which G + k + 1 have one coefficient each: the sum does not tell the intervals.
-_SPLINE = ("grid_size", "spline_order", "spline_range")
+# What two operators with the same tensors may differ in and be the same function: of KArAtConfig all else, a field that
+# is added to it too, makes another one. Sharing is compared by names of tensors.
+_HARMLESS = {"rank", "num_karat_heads", "triton", "sharing"}
+# Harmless too, but for B-splines: their G + k + 1 coefficients do not show G, k and the range.
+_SPLINE = {"grid_size", "spline_order", "spline_range"}
 # Swin's index of pairs of tokens: a constant, which files of other layouts do not have.
 _COMPUTED_BY_THE_MODEL = "relative_position_index"
 
@@ -372,11 +373,14 @@ def _operator_config(model: nn.Module) -> dict[str, Any]:
 
 def _different_settings(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
     """What makes operators whose config has these fields other functions than the model's."""
-    splines = _SPLINE if theirs.get("basis") == ours.get("basis") == "bspline" else ()
+    if not theirs:
+        return []
+    theirs = asdict(KArAtConfig()) | theirs  # a file from before a field was added has its default
+    are_splines = theirs["basis"] == ours.get("basis") == "bspline"
     return [
-        f"{field.upper()}: {theirs[field]} in the file, {ours[field]} in the model"
-        for field in _FUNCTION + splines
-        if field in theirs and field in ours and theirs[field] != ours[field]
+        f"{field.upper()}: {theirs[field]} in the file, {value} in the model"
+        for field, value in ours.items()
+        if field not in (_HARMLESS if are_splines else _HARMLESS | _SPLINE) and theirs.get(field) != value
     ]
 
 

@@ -2,6 +2,7 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,33 @@ def test_operators_that_are_other_functions_of_the_same_tensors_stop_the_run(tmp
     for key, tensor in other.attn.operator.state_dict().items():
         assert torch.equal(tensor, before[key]), "functions of another operator were taken over"
     assert torch.equal(other.attn.qkv.weight, read_weights(path)["model"]["attn.qkv.weight"])
+
+
+def test_a_new_field_of_the_config_makes_another_function(tmp_path):
+    @dataclass(frozen=True)
+    class NewerConfig(KArAtConfig):
+        temperature: float = 1.0
+
+    def model(**fields):
+        return nn.ModuleDict({"attn": KArAtAttention(8, 2, KArAtOperator(2, 6, NewerConfig(rank=2, **fields)))})
+
+    SafeCheckpointer(model(), str(tmp_path)).save("w")
+    load_weights(model(triton=False), str(tmp_path / "w.pth"))
+    with pytest.raises(ValueError, match=r"MODEL\.KARAT\.TEMPERATURE: 1\.0 in the file, 2\.0 in the model"):
+        load_weights(model(temperature=2.0), str(tmp_path / "w.pth"))
+
+
+def test_a_file_from_before_a_field_has_its_default(tmp_path):
+    def model(**fields):
+        return nn.ModuleDict({"attn": KArAtAttention(8, 2, KArAtOperator(2, 6, KArAtConfig(rank=2, **fields)))})
+
+    SafeCheckpointer(model(), str(tmp_path)).save("w")
+    saved = torch.load(tmp_path / "w.pth")
+    del saved["operator_config"]["init"]
+    torch.save(saved, tmp_path / "w.pth")
+    load_weights(model(), str(tmp_path / "w.pth"))
+    with pytest.raises(ValueError, match=r"MODEL\.KARAT\.INIT: scaled in the file, paper in the model"):
+        load_weights(model(init="paper"), str(tmp_path / "w.pth"))
 
 
 def test_splines_of_as_many_coefficients_but_other_intervals_stop_the_run(tmp_path):

@@ -1,3 +1,4 @@
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
 from detectron2.modeling.roi_heads import FastRCNNConvFCHead
 
-from karat_det.attention import KArAtAttention
+from karat_det.attention import KArAtAttention, KArAtConfig
 from karat_det.attention.window import KArAtSwinWindowAttention
 from karat_det.config import add_karat_config
 from karat_det.engine.setup import check_model_and_datasets, load_cfg, parse_command
@@ -125,11 +126,13 @@ def test_the_home_folder_is_put_for_a_tilde(monkeypatch, tmp_path, configs):
 
 
 def test_every_key_is_explained():
-    """Each line that adds a key follows a comment, or another key of the same comment."""
+    """Each line that adds a key follows a comment, or another key of the same comment; an operator's are arguments."""
     source = Path(add_karat_config.__code__.co_filename).read_text().splitlines()
     for number, line in enumerate(source):
         if line.strip().startswith(("cfg.", "model.")) and not line.endswith("()"):
             assert source[number - 1].strip().startswith(("#", "cfg.", "model.")), line
+    for field in fields(KArAtConfig):
+        assert f"\n        {field.name}: " in KArAtConfig.__doc__
     cfg = CfgNode({"MODEL": {}, "SOLVER": {}, "INPUT": {}, "TEST": {}})
     add_karat_config(cfg)
     assert set(cfg.MODEL) == {"KARAT", "VIT", "SWIN", "WEIGHTS_STRICT"}
