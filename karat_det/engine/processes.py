@@ -37,6 +37,10 @@ class RunFailed(RuntimeError):
     """What ends a run, in a line that its command prints."""
 
 
+class _EndOfChild(Exception):
+    """What ends a process that `launch` has started, for the process that prints it, once for all of them."""
+
+
 def run_distributed(main: Callable[..., Any], args: Any) -> None:
     """Calls `main(args)` in as many processes as the command line or torchrun asks for.
 
@@ -58,7 +62,13 @@ def run_distributed(main: Callable[..., Any], args: Any) -> None:
     except (ProcessExitedException, ProcessRaisedException) as error:  # of `launch`
         if signals.requested():
             raise SystemExit(128 + signals.requested()) from None
-        raise SystemExit(f"error: {str(error).strip().splitlines()[-1]}") from None
+        # The message is the trace of a child's error.
+        _, _, told = str(error).partition(f"\n{__name__}.{_EndOfChild.__name__}: ")
+        if told:
+            raise SystemExit(told.strip()) from None
+        if isinstance(error, ProcessExitedException):
+            raise SystemExit(f"error: {error}") from None
+        raise
 
 
 def _run(main: Callable[..., Any], args: Any) -> None:
@@ -95,10 +105,15 @@ def _run(main: Callable[..., Any], args: Any) -> None:
 
 
 def _in_child(main: Callable[..., Any], args: Any) -> None:
-    """The work of a process that `launch` has started: its mistakes are told here, and not as a trace there."""
+    """The work of a process that `launch` has started, which tells a mistake of the user's once for all processes."""
     signals.install()
-    with _told_in_one_line():
-        main(args)
+    try:
+        with _told_in_one_line():
+            main(args)
+    except SystemExit as end:
+        if not isinstance(end.code, str):
+            raise
+        raise _EndOfChild(end.code) from None
 
 
 @contextmanager

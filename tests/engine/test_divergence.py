@@ -202,7 +202,7 @@ def run_in_parallel():
 
 
 def test_processes_skip_alike_where_one_alone_sees_what_is_not_finite():
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29531"]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, *launcher, __file__]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)

@@ -1,11 +1,16 @@
 import argparse
+import os
 import re
+import signal
+import sys
+import time
 
 import pytest
 import torch
+from torch.multiprocessing import ProcessRaisedException, start_processes
 
 from karat_det.data.broken_images import TooManyBroken
-from karat_det.engine import signals
+from karat_det.engine import processes, signals
 from karat_det.engine.output_dir import claims
 from karat_det.engine.processes import RunFailed, goes_on, run_distributed, take_folder
 
@@ -79,6 +84,61 @@ def test_an_error_of_a_process_that_reads_images_is_told_without_its_trace(alone
 
     with pytest.raises(SystemExit, match=rf"^error: {re.escape(line)}"):
         run_distributed(read, argparse.Namespace(num_gpus=0, num_machines=1))
+
+
+@pytest.fixture
+def two_gpus(alone, monkeypatch):
+    """Detectron2's launcher starts two processes as on two GPUs, but on the CPU and apart from each other."""
+
+    def launch(main, num_gpus, num_machines, machine_rank, dist_url, args):
+        start_processes(_on_rank, args=(main, args), nprocs=num_gpus, start_method="fork")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(processes, "launch", launch)
+    return argparse.Namespace(num_gpus=2, num_machines=1, machine_rank=0, dist_url="auto")
+
+
+def _on_rank(rank, main, args):
+    work, options = args
+    main(work, argparse.Namespace(**vars(options), rank=rank))
+
+
+def _mistaken(args):
+    raise ValueError("SEED is -1.\nIt must be at least 0.")
+
+
+def _mistaken_in_one(args):
+    if args.rank == 0:
+        time.sleep(60)
+    sys.exit("error: DATASETS.TRAIN is empty.")
+
+
+def _wrong(args):
+    raise KeyError("a fault of the program")
+
+
+def _killed(args):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("work", "line"),
+    [
+        (_mistaken, "error: SEED is -1.\nIt must be at least 0."),
+        (_mistaken_in_one, "error: DATASETS.TRAIN is empty."),
+        (_killed, r"error: process \d terminated with signal SIGKILL"),
+    ],
+)
+def test_what_ends_one_of_several_processes_is_told_once(two_gpus, capfd, work, line):
+    with pytest.raises(SystemExit, match=rf"^{line}$"):
+        run_distributed(work, two_gpus)
+    assert capfd.readouterr().err == ""
+
+
+def test_an_error_of_the_program_in_one_of_several_processes_keeps_its_trace(two_gpus):
+    with pytest.raises(ProcessRaisedException, match=r"(?s)in _wrong.*KeyError: 'a fault of the program'"):
+        run_distributed(_wrong, two_gpus)
 
 
 def test_an_error_of_the_program_keeps_its_trace(alone):

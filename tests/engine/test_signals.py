@@ -154,7 +154,7 @@ with signals.awaited():
 
 
 def test_a_run_under_torchrun_outlives_a_worker_and_no_process_outlives_torchrun(data, tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29541", "--max-restarts", "3")
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "--max-restarts", "3")
     periods = ("SOLVER.CHECKPOINT_PERIOD", "10", "DATALOADER.NUM_WORKERS", "1")
     run = Run(data, tmp_path, TRAIN, *periods, launcher=launcher)
     run.wait_for("iter: 19 ")
@@ -170,7 +170,7 @@ def test_a_run_under_torchrun_outlives_a_worker_and_no_process_outlives_torchrun
 
 
 def test_a_process_that_reads_images_and_dies_costs_no_step(data, tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29545")
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
     run = Run(data, tmp_path, TRAIN, "DATALOADER.NUM_WORKERS", "1", launcher=launcher)
     run.wait_for("iter: 19 ")
     reader = subprocess.run(["pgrep", "-P", str(run.children()[1])], capture_output=True, text=True).stdout.split()[-1]
@@ -183,7 +183,7 @@ def test_a_process_that_reads_images_and_dies_costs_no_step(data, tmp_path):
 
 
 def test_a_signal_to_one_of_two_processes_ends_both_with_a_checkpoint(data, tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29543")
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
     run = Run(data, tmp_path, PRETRAIN, "DATALOADER.NUM_WORKERS", "0", launcher=launcher)
     run.wait_for(STEP)
     os.kill(run.children()[1], signal.SIGUSR1)

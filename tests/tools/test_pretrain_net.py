@@ -85,7 +85,7 @@ def test_a_finished_run_is_not_overwritten_without_a_word(data, trained):
 
 
 def test_torchrun_trains_and_resumes_in_two_processes(data, tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29523")
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
     done = run(data, tmp_path, *SMALL, launcher=launcher)
     # Each of the 51 images is counted, once.
     assert "51 to validate on" in done.stdout

@@ -125,7 +125,7 @@ def test_resumes_where_it_stopped_and_evaluates_to_the_same_figures(train, out):
 
 
 def test_torchrun_trains_and_evaluates_in_two_processes(train, tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517")
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
     done = train(launcher=launcher, overrides=[*SMALL_MODEL, "SOLVER.MAX_ITER", "3"])
     assert "World size: 2" in done.stdout
     assert "Evaluation results for segm" in (tmp_path / "out" / "log.txt").read_text()
