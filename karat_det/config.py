@@ -181,8 +181,9 @@ def _add_pretraining(cfg: CfgNode) -> None:
     # Processes that read and augment images, for each process that trains.
     cfg.DATALOADER.NUM_WORKERS = 8
 
-    # Augmentation, by timm. The part of an image that is cut out: its area and its ratio of width to height.
+    # Augmentation, by timm.
     cfg.AUG = CN()
+    # The part of an image that is cut out: its area and its ratio of width to height.
     cfg.AUG.SCALE = (0.08, 1.0)
     cfg.AUG.RATIO = (0.67, 1.5)
     # Probability of a horizontal flip.
@@ -197,9 +198,11 @@ def _add_pretraining(cfg: CfgNode) -> None:
     # Probability that a batch is mixed, and that it is by cutmix: with both, each has a probability of 0.5.
     cfg.AUG.MIX_PROB = 1.0
     cfg.AUG.CUTMIX_PROB = 0.5
+    # Part of a label's weight that all classes share; 0 is none.
     cfg.AUG.LABEL_SMOOTHING = 0.1
 
     cfg.SOLVER = CN()
+    # Passes over the training images.
     cfg.SOLVER.EPOCHS = 100
     # Images a step, of all processes together.
     cfg.SOLVER.IMS_PER_BATCH = 128
@@ -209,6 +212,7 @@ def _add_pretraining(cfg: CfgNode) -> None:
     cfg.SOLVER.WARMUP_EPOCHS = 5
     cfg.SOLVER.WARMUP_LR = 1e-6
     cfg.SOLVER.MIN_LR = 1e-5
+    # AdamW's decay rates of its two moving averages, and what is added to the root of the second one.
     cfg.SOLVER.BETAS = (0.9, 0.999)
     cfg.SOLVER.EPS = 1e-6
     # Not of norms, biases, positions and the operators' coefficients.
@@ -238,6 +242,7 @@ def _add_pretraining(cfg: CfgNode) -> None:
 
     # Of weights, order of the data and augmentation. A resumed run goes on as the one that was never interrupted.
     cfg.SEED = 0
+    # The folder of checkpoints, log and metrics. It is made if it is missing.
     cfg.OUTPUT_DIR = "output/pretrain"
 
 
@@ -251,6 +256,7 @@ def _add_divergence(solver: CfgNode) -> None:
     solver.ON_DIVERGENCE = "skip_not_finite"
     # Steps in a row that may be skipped; the next one ends the run.
     solver.MAX_SKIPPED_STEPS = 5
+    # See "skip": how many times its running median the norm of the gradient may be.
     solver.SPIKE_FACTOR = 20.0
     # How often a run may go back; the next time ends it.
     solver.MAX_ROLLBACKS = 3

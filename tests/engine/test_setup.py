@@ -1,3 +1,4 @@
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -125,12 +126,28 @@ def test_the_home_folder_is_put_for_a_tilde(monkeypatch, tmp_path, configs):
     assert f"{tmp_path}/out" == load_cfg("~/own.yaml", []).OUTPUT_DIR
 
 
+# Keys that the comment of the one before is about, too.
+EXPLAINED_TOGETHER = [
+    *("VIT.DEPTH", "VIT.NUM_HEADS", "VIT.PRETRAIN_USE_CLS_TOKEN", "SWIN.IMG_WIDTH", "SWIN.NUM_HEADS"),
+    *("SWIN.PRETRAIN_IMG_SIZE", "SOLVER.EPS", "KARAT_DATA.JSONS", "KARAT_DATA.IMAGE_DIRS", "MODEL.PATCH_SIZE"),
+    *("MODEL.EMBED_DIM", "MODEL.DEPTH", "MODEL.NUM_HEADS", "DATA.STD", "DATA.LABEL_COLUMN", "AUG.RATIO"),
+    *("AUG.CUTMIX", "AUG.CUTMIX_PROB", "SOLVER.WARMUP_LR", "SOLVER.MIN_LR", "SOLVER.EPS"),
+    *("CLIP_GRADIENTS.CLIP_TYPE", "CLIP_GRADIENTS.CLIP_VALUE", "CLIP_GRADIENTS.NORM_TYPE"),
+]
+
+
 def test_every_key_is_explained():
-    """Each line that adds a key follows a comment, or another key of the same comment; an operator's are arguments."""
+    """Each key follows a comment, or the section that it is the first of, or another key of the same comment."""
     source = Path(add_karat_config.__code__.co_filename).read_text().splitlines()
+    unexplained = []
     for number, line in enumerate(source):
-        if line.strip().startswith(("cfg.", "model.")) and not line.endswith("()"):
-            assert source[number - 1].strip().startswith(("#", "cfg.", "model.")), line
+        added = re.match(r"\s+(?:cfg|model|solver)\.([A-Z_.]+) = (?!CN\(\)|type)", line)
+        before = source[number - 1]
+        if before.endswith(" = CN()"):  # The comment of a section is about its first key.
+            before = source[number - 2]
+        if added and not before.strip().startswith("#"):
+            unexplained.append(".".join(added[1].split(".")[-2:]))
+    assert unexplained == EXPLAINED_TOGETHER
     for field in fields(KArAtConfig):
         assert f"\n        {field.name}: " in KArAtConfig.__doc__
     cfg = CfgNode({"MODEL": {}, "SOLVER": {}, "INPUT": {}, "TEST": {}})
