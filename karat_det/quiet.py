@@ -12,9 +12,9 @@ warnings.filterwarnings("ignore", message="Importing from timm.models.layers", c
 warnings.filterwarnings("ignore", message=".*broadcast_buffers.* is deprecated", category=FutureWarning)
 warnings.filterwarnings("ignore", message="torch.meshgrid: in an upcoming release", category=UserWarning)
 logging.getLogger("torch.fx._symbolic_trace").addFilter(lambda record: "is_fx_tracing" not in record.getMessage())
-# Of several processes, one of which has failed; the run's last line says why.
+# Where one of several processes has failed; the run's last line gives the reason.
 logging.getLogger("torch.multiprocessing.spawn").addFilter(lambda record: "Terminating" not in record.getMessage())
-# On a machine with a CUDA compiler and no GPU; Detectron2's table of the environment says it better.
+# On a machine with a CUDA compiler and no GPU; Detectron2's table of the environment shows both.
 logging.getLogger("torch.utils.cpp_extension").addFilter(lambda record: "No CUDA" not in record.getMessage())
 
 from . import add_karat_config  # noqa: E402, F401  says what to do where there is no Detectron2

@@ -1,7 +1,7 @@
-"""YAML files as configs and studies are: one mapping of words to plain values, each key once, read without code.
+"""Reads YAML files of configs and studies: one mapping of words to plain values, each key once, no code.
 
-YAML can say a great deal in a few bytes: ten lines of references stand for billions of values, and a second value of a
-key silently takes the place of the first. Neither gets through here.
+Two things that YAML allows are refused here: references that expand to billions of values in ten lines, and a second
+value of a key, which silently replaces the first.
 """
 
 import os
@@ -13,10 +13,10 @@ import yaml
 from .checkpoint.inspection import not_a_file
 
 _MAX_BYTES = 1_000_000
-# Values that a file stands for, each reference counted as what it refers to.
+# Most values of a file, with references expanded.
 _MAX_VALUES = 10_000
 _MAX_DEPTH = 30
-# Files that a config may be made of, by _BASE_.
+# Most files that a config may combine by _BASE_.
 _MAX_FILES = 50
 _BASE = "_BASE_"
 _MERGE = "tag:yaml.org,2002:merge"
@@ -26,16 +26,16 @@ def read_yaml(path: str | os.PathLike, what: str) -> dict[str, Any]:
     """Reads a YAML file.
 
     Args:
-        path: of a file.
-        what: it is to be, for messages, such as "study".
+        path: the file.
+        what: its kind, for messages, such as "study".
 
     Returns:
-        The mapping that it holds, of mappings, lists and plain values.
+        The file's mapping, of mappings, lists and plain values.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is no file, is no YAML in UTF-8, holds more than plain values, is empty or no mapping, has a key
-            twice or one that is no word, or stands for too many values. The message names the file and the line.
+            twice or one that is no word, or expands to too many values. The message names the file and the line.
     """
     if kind := not_a_file(path):
         raise ValueError(f"{path} is {kind}. A {what} is a YAML file.")
@@ -60,7 +60,7 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
     """Reads a YAML file and those that its `_BASE_` names, whose keys it overrides.
 
     Args:
-        path: of a file. A base, or a list of them, is relative to the file that names it; "~" is the home folder.
+        path: the file. A base, or a list of them, is relative to the file that names it; "~" is the home folder.
 
     Returns:
         All their keys in one mapping.
@@ -76,7 +76,7 @@ def _read_with_bases(path: Path, chain: list[Path], read: list[Path]) -> dict[st
     Args:
         path: the file.
         chain: the files that led to it.
-        read: all that were read so far; grows.
+        read: all files read so far; this one is added.
     """
     if any(_same(path, other) for other in chain):
         way = " → ".join(map(str, [*chain, path]))
@@ -116,11 +116,11 @@ def _merge(above: dict[str, Any], below: dict[str, Any]) -> None:
 
 
 class _Refused(yaml.YAMLError):
-    """A file is YAML, but not of this kind."""
+    """The file is YAML, but has what is refused here."""
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's for plain values, with limits. It counts what references stand for before any of it is made."""
+    """PyYAML's loader of plain values, with limits. It counts the values of references before it makes any."""
 
     def __init__(self, stream: str):
         super().__init__(stream)

@@ -6,7 +6,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-# One image in so many may be broken.
+# One image in this many may be broken.
 BROKEN_IN = 1000
 
 
@@ -15,14 +15,14 @@ class TooManyBroken(ValueError):
 
 
 class BrokenImages:
-    """Counts which of a set of images are broken, in all processes of a loader together.
+    """Marks the broken images of a set, for all processes of a loader together.
 
     Args:
         total: how many images there are.
-        place: what a user knows them by.
+        place: the user's name for them.
 
     Attributes:
-        seen: (total,) bool, which were found broken.
+        seen: (total,) bool, True where an image was found broken.
     """
 
     def __init__(self, total: int, place: str):

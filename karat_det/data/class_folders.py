@@ -1,7 +1,7 @@
 """Images in class folders: FOLDER/<class>/…/image, in the order of torchvision's ImageFolder.
 
-Unlike there, hidden folders are no classes, only files are images, a link that leads back is not followed, and what is
-left out is counted in the log.
+Unlike ImageFolder, it ignores hidden folders, takes only files for images, does not follow a link that leads back, and
+counts in the log what it leaves out.
 """
 
 import logging
@@ -20,8 +20,8 @@ _MAX_NAMES = 3
 def find_labelled_images(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
     """Finds the classes of a folder and their images, in the order of their names.
 
-    Links to folders are followed, but to none twice within a class and to none that the class lies in. A link to
-    nothing is an image, which cannot be read.
+    Links to folders are followed, but no folder is visited twice within a class, and none that the class lies in. A
+    broken link counts as an image that cannot be read.
 
     Args:
         folder: holds a folder for each class, with images at any depth.
@@ -52,7 +52,7 @@ def find_labelled_images(folder: Path) -> tuple[list[str], list[tuple[str, int]]
 
 
 class _LeftOut:
-    """What is no image or class, counted by the reason, with the first names."""
+    """Counts what is neither image nor class, by reason, with the first names."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -76,7 +76,7 @@ class _LeftOut:
 
 
 def _images_below(folder: str, seen: set[tuple[int, int]], left_out: _LeftOut) -> Iterator[str]:
-    """The paths of the images in a folder and in its folders. `seen` are folders not to look into."""
+    """The paths of the images in a folder and in its folders. `seen` are folders to leave out."""
     seen.add(_identity(folder))
     folders = []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):

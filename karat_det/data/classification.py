@@ -1,7 +1,7 @@
 """Images with labels, for pretraining: folders, torchvision's datasets, Hugging Face's, and the embedded digits.
 
-Whatever it is, a split is a sequence of pairs (image, label) and the names of its classes; labels count through the
-classes of the training split. Nothing is downloaded.
+A split is a sequence of pairs (image, label) and the names of its classes. Labels are indices into the classes of the
+training split. Nothing is downloaded.
 """
 
 import difflib
@@ -24,12 +24,12 @@ from .images import read_upright, unreadable_image_named, upright_8_bit
 
 logger = logging.getLogger(__name__)
 
-# Images of a split up to which the header of each is read before the run: some 0.06 ms each.
+# Splits of up to so many images have every header read before the run: some 0.06 ms each.
 MAX_IMAGES_OPENED = 100_000
-# Label of an image that cannot be read, where no other one may stand for it.
+# Label of an image that cannot be read, where no other one may replace it.
 NO_LABEL = -1
-# torchvision's datasets of labelled images: how many classes they have, and what they call their training split and
-# the one to validate on. Those that take `train` want True and False.
+# torchvision's datasets of labelled images: number of classes, name of the training split, name of the validation
+# split. The names are booleans for datasets with an argument `train`, and texts for those with `split`.
 _TORCHVISION: dict[str, tuple[int, Any, Any]] = {
     **dict.fromkeys(("CIFAR10", "FashionMNIST", "KMNIST", "MNIST", "USPS"), (10, True, False)),
     "CIFAR100": (100, True, False),
@@ -69,11 +69,11 @@ class LabelledImages(torch.utils.data.Dataset):
     """A split as torch and timm take it: pairs of an RGB image and its label.
 
     An image that cannot be read is named in the log, counted once, and skipped; more than one in BROKEN_IN end the run.
-    In training the next image stands for it. In testing it is black and has NO_LABEL, so that no image counts twice.
+    In training the next image replaces it. In testing it is black and has NO_LABEL, so that no image counts twice.
 
     Args:
         split: what to read.
-        is_train: see above.
+        is_train: whether the next image replaces a broken one.
         indices: which of the split's images; default all.
 
     Attributes:
@@ -109,8 +109,8 @@ class LabelledImages(torch.utils.data.Dataset):
     def open_all(self) -> None:
         """Reads the header of each image that is a file, so that broken ones are found before a run.
 
-        Of splits of more than MAX_IMAGES_OPENED files, it reads the first image only; of greys of more than 8 bits, the
-        pixels of some, so that their range is named in the log, or refused.
+        Splits of more than MAX_IMAGES_OPENED files have only their first image read. The pixels of some greys of more
+        than 8 bits are read too, so that their range is named in the log, or refused.
 
         Raises:
             ValueError: too many images cannot be read.
@@ -211,11 +211,11 @@ def build_datasets(cfg: CfgNode, rank: int = 0, world_size: int = 1) -> tuple[La
 
     Args:
         cfg: a config with the keys of `pretrain_config`.
-        rank, world_size: of the process.
+        rank, world_size: the process's.
 
     Raises:
-        ValueError, FileNotFoundError, ImportError: as `load_splits`; too many images are broken, as far as that is
-            looked for: in splits of up to MAX_IMAGES_OPENED files.
+        ValueError, FileNotFoundError, ImportError: as `load_splits`; or too many images are broken, which is looked for
+            in splits of up to MAX_IMAGES_OPENED files.
     """
     splits = load_splits(cfg)
     train = LabelledImages(splits[0], is_train=True)
@@ -308,7 +308,7 @@ def _load_huggingface(cfg: CfgNode) -> tuple[Split, Split]:
         ) from error
     try:
         held = load_from_disk(root)
-    except Exception as error:  # what it raises depends on the files
+    except Exception as error:  # the kind of error depends on the files
         raise ValueError(
             f"{os.path.abspath(root)} (--data) is not what datasets.DatasetDict.save_to_disk writes: {error}"
         ) from error

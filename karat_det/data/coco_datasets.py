@@ -1,6 +1,6 @@
 """COCO datasets by name: one reading of a JSON gives the records of a loader and the ground truth of an evaluator.
 
-It takes the place of Detectron2's loader of COCO's JSON, for datasets of one's own and for Detectron2's names.
+It replaces Detectron2's loader of COCO's JSON, for a user's own datasets and for Detectron2's names.
 """
 
 import logging
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
-# Share of a file's annotations; of COCO's, one in a hundred is a crowd.
+# Share of a file's annotations. In COCO one in a hundred is a crowd.
 _MANY = 0.1
 
 
@@ -29,7 +29,7 @@ class _Loaded:
     masks: bool
 
 
-# What a run has checked and will ask for again. So a file that changes in the meantime changes no figure.
+# What a run has checked and will ask for again: a file that changes in the meantime changes no result.
 _loaded: dict[str, _Loaded] = {}
 
 
@@ -40,18 +40,18 @@ def is_coco(name: str) -> bool:
 
 
 def source_of(name: str) -> str:
-    """What a user calls the dataset: its JSON, if it has one, and its name."""
+    """The user's name for the dataset: its JSON, if it has one, and its registered name."""
     json_file = MetadataCatalog.get(name).get("json_file")
     return f"{json_file} (dataset {name!r})" if json_file else f"Dataset {name!r}"
 
 
 def register_coco(name: str, json_file: str, image_root: str, classes: tuple[list[Id], list[str]]) -> None:
-    """Registers a JSON and a folder of images under a name; what was known under that name is forgotten.
+    """Registers a JSON and a folder of images under a name, and forgets what that name meant before.
 
     Args:
         name: the dataset's name.
         json_file, image_root: its paths.
-        classes: ids and names, as of `read_categories`.
+        classes: ids and names, as `read_categories` returns them.
     """
     for catalog in (DatasetCatalog, MetadataCatalog):
         if name in catalog:
@@ -63,11 +63,11 @@ def register_coco(name: str, json_file: str, image_root: str, classes: tuple[lis
 
 
 def load_coco(name: str, masks: bool, keep: bool) -> list[Record]:
-    """Reads a dataset anew and checks it. From now on its name gives the same records, whoever registered it.
+    """Reads a dataset anew and checks it. Its name then gives the same records, whoever registered it.
 
     Args:
         name: a dataset of which `is_coco` is True.
-        masks: whether objects are known by their masks; then those whose mask is empty are left out.
+        masks: whether masks are used. Objects with an empty mask are then left out.
         keep: whether the content is kept for evaluation.
 
     Returns:
@@ -86,12 +86,12 @@ def load_coco(name: str, masks: bool, keep: bool) -> list[Record]:
 
 
 def records_of(name: str) -> list[Record]:
-    """The records of a dataset, as it was loaded, else read now."""
+    """The records of a dataset, as loaded before or read now."""
     return _records(_loaded.get(name) or _Loaded(_read(name), masks=True), MetadataCatalog.get(name).image_root)
 
 
 def content_of(name: str) -> CocoContent:
-    """What a dataset's JSON holds, as it was loaded, else read now. Its records may come from elsewhere."""
+    """The content of a dataset's JSON, as loaded before or read now. Its records may come from elsewhere."""
     return _loaded[name].content if name in _loaded else _read(name)
 
 
@@ -105,7 +105,7 @@ def _read(name: str) -> CocoContent:
 
 
 def _warn_of_odd_values(name: str, content: CocoContent) -> None:
-    """Names in the log what may well be right in some annotations of a file, but hardly in many."""
+    """Warns of oddities that are plausible in a few annotations of a file, but not in many."""
     annotations = [each for of_image in content.annotations or () for each in of_image]
     crowds = sum(each["iscrowd"] for each in annotations)
     if crowds > _MANY * len(annotations):

@@ -24,7 +24,7 @@ _WITHOUT_MASKS = ("RetinaNet", "ProposalNetwork")
 
 
 def check_datasets(cfg: CfgNode, training: bool) -> None:
-    """Checks of the datasets of a run what can be seen without reading them, which takes half a minute for COCO.
+    """Checks the datasets of a run as far as possible without reading them, which takes half a minute for COCO.
 
     Args:
         cfg: config whose KARAT_DATA datasets are registered already.
@@ -62,8 +62,8 @@ def check_datasets(cfg: CfgNode, training: bool) -> None:
 def load_checked_dicts(cfg: CfgNode) -> list[Record]:
     """Loads and checks the datasets of DATASETS.TRAIN, and checks those of DATASETS.TEST.
 
-    Images without annotations, or with none but crowds, are left out of the training records if
-    DATALOADER.FILTER_EMPTY_ANNOTATIONS is True.
+    DATALOADER.FILTER_EMPTY_ANNOTATIONS True leaves images without annotations, or with crowds only, out of the training
+    records.
 
     Args:
         cfg: config whose KARAT_DATA datasets are registered already.
@@ -147,8 +147,8 @@ def _load(cfg: CfgNode, key: str, name: str, all_images: bool = True) -> list[Re
 
 
 def num_classes_key(cfg: CfgNode) -> str:
-    """The key that says how many classes the model has: that of its architecture's own part, as MODEL.RETINANET, else
-    MODEL.ROI_HEADS.NUM_CLASSES."""
+    """The key of the number of classes: in the architecture's own section, such as MODEL.RETINANET, else in
+    MODEL.ROI_HEADS."""
     own = cfg.MODEL.META_ARCHITECTURE.upper()
     return f"MODEL.{own if 'NUM_CLASSES' in cfg.MODEL.get(own, ()) else 'ROI_HEADS'}.NUM_CLASSES"
 

@@ -1,9 +1,9 @@
 """The embedded dataset: scenes of real handwritten digits on real photographs, in COCO format.
 
 A scene is a 112 × 112 crop of one of scikit-learn's two sample photographs, with one to four of its 1,797 handwritten
-digits (8 × 8 pixels) drawn on it, enlarged to 28 to 55 pixels, in colours that stand out from what lies beneath. Digits
-overlap: a later one hides an earlier one, whose mask is what remains visible. There are ten classes, "0" to "9", with
-category ids 1 to 10. No digit is in both splits.
+digits (8 × 8 pixels) drawn on it, enlarged to 28 to 55 pixels, in colours unlike the pixels beneath. Digits overlap: a
+later one hides an earlier one, whose mask is its visible part. There are ten classes, "0" to "9", with category ids 1
+to 10. No digit is in both splits.
 
 The data lies in `digits/` below the root of Detectron2's built-in datasets, the environment variable
 DETECTRON2_DATASETS, or `datasets/` without it:
@@ -14,10 +14,9 @@ DETECTRON2_DATASETS, or `datasets/` without it:
 Nothing is generated at import: the first `DatasetCatalog.get` of either name does it, in about 20 seconds.
 
 For pretraining there are crops of 48 × 48 too, in a folder a class: one digit each, of 28 to 44 pixels, near the
-middle, on the same photographs. Three of four are lighter than what is beneath. In scenes half of them are: there is
-then no average of the pixels that a class shows itself by, and a classifier would need many more images to begin. The
-digits are split in the same way, so that whoever has seen the crops to train on has seen none of the digits of either
-validation set:
+middle, on the same photographs. Three of four digits are lighter than the pixels beneath, in scenes only half. With one
+half, no average of the pixels would show the class, and a classifier would need many more images to start learning. The
+digits are split in the same way: the crops to train on have none of the digits of either validation set:
 
     digit_crops/train/3/000001.png …  12,000 crops              digit_crops/val/3/000001.png …   1,000 crops
 """
@@ -48,13 +47,13 @@ CROP_SIZE = 48
 MAX_DIGITS = 4
 # Side in pixels to which a digit's 8 × 8 grid is enlarged, both ends included.
 MIN_SIDE, MAX_SIDE = 28, 55
-# The largest side in a crop, how far from its middle a digit may be, and the share that may also be darker.
+# The largest side in a crop, the largest distance from its middle, and the share that may also be darker.
 MAX_CROP_SIDE = 44
 MAX_SHIFT = 4
 EITHER_WAY = 0.5
 # An instance keeps at least this fraction of its ink; a digit that would hide more of an earlier one is drawn again.
 MIN_VISIBLE = 0.6
-# Difference in luma (0 to 255) between a digit and what lies beneath, kept on nine tenths of its ink.
+# Difference in luma (0 to 255) between a digit and the pixels beneath, kept on nine tenths of its ink.
 MIN_CONTRAST = 60.0
 # Distance in RGB (0 to 255 each) between the colours of two digits of a scene.
 MIN_COLOR_DISTANCE = 90.0
@@ -124,7 +123,7 @@ def generate_digits(root: str | os.PathLike, num_scenes: dict[str, int] | None =
 
 
 def generate_crops(root: str | os.PathLike, num_crops: dict[str, int] | None = None) -> Path:
-    """Writes the crops to `root/digit_crops`, unless they are already there; always alike, and whole or not at all.
+    """Writes the crops to `root/digit_crops`, unless they are already there; always the same, whole or not at all.
 
     Args:
         root: folder that holds datasets. Made if missing.
@@ -205,7 +204,7 @@ def _draw_crop(rng: np.random.Generator, digit: np.ndarray, photographs: list[Im
         window = slice(top, top + alpha.shape[0]), slice(left, left + alpha.shape[1])
         beneath = canvas[window][alpha >= 0.5]
         color = _pick_color(rng, beneath, [])
-        # Where no such colour is found, it is tried elsewhere.
+        # Where no such colour is found, another place is tried.
         if color is None or (must_be_lighter and color @ _LUMA < (beneath @ _LUMA).mean()):
             continue
         canvas[window] += alpha[..., None] * (color - canvas[window])
@@ -234,7 +233,7 @@ def _write_dataset(folder: Path, num_scenes: dict[str, int]) -> None:
                         "category_id": int(labels[index]) + 1,
                         **_encode_mask(mask),
                         "iscrowd": 0,
-                        # Which of scikit-learn's digits it is: shows that the splits share none.
+                        # Index among scikit-learn's digits: shows that the splits share none.
                         "digit_index": int(index),
                     }
                 )
@@ -258,7 +257,7 @@ def _write_dataset(folder: Path, num_scenes: dict[str, int]) -> None:
 
 
 def split_digits(labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Splits the digits four to one, class by class, always alike.
+    """Splits the digits four to one, class by class, always the same.
 
     Args:
         labels: class of each digit, shape (number of digits,).
@@ -331,7 +330,7 @@ def _render_digit(padded: np.ndarray, side: int) -> np.ndarray:
     """Enlarges a digit with its rim, (10, 10) from 0 to 1, to opacities from 0 to 1, cropped to the ink."""
     scale = side / 8
     smooth = Image.fromarray(padded).resize((round(10 * scale),) * 2, Image.Resampling.BICUBIC)
-    # Ink begins at half of full ink; the edge is then as steep as leaves a ramp of about one pixel and a half.
+    # Ink begins at half of full ink; the slope leaves a ramp of about one pixel and a half at the edge.
     alpha = np.clip((np.asarray(smooth) - 0.5) * scale / 1.5 + 0.5, 0, 1)
     rows, columns = np.flatnonzero(alpha.any(1)), np.flatnonzero(alpha.any(0))
     return alpha[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]

@@ -1,9 +1,8 @@
 """The check of a dataset's images before a run: the header of each, and the pixels of some.
 
-A header tells whether the file is an image, and its size; it takes some 0.06 ms on a local disk. That of a PNG alone
-does not tell how the image is turned, which may stand behind its pixels; so its end is read, too, and not, as Pillow
-would, all of it. What was found good is kept in a file beside the dataset's JSON, until an image, or its size in the
-JSON, changes.
+A header shows whether the file is an image, and its size; reading it takes some 0.06 ms on a local disk. A PNG may give
+its orientation after its pixels. So its end is read too, and not all of it, as Pillow would. A file beside the JSON of
+the dataset keeps which images were good, until an image, or its size in the JSON, changes.
 
 Threads, not processes: files are opened and pixels decoded without Python's lock, and a process would first import
 PyTorch for seconds, since it runs the head of the program that starts it.
@@ -28,19 +27,19 @@ from .images import is_deep, open_image_file, orientation, read_upright, unreada
 
 logger = logging.getLogger(__name__)
 
-# Images whose pixels are read, of the usual ones and of each kind of greys of more than 8 bits.
+# How many images have their pixels read, of usual images and of each kind of greys of more than 8 bits.
 NUM_SAMPLED = 256
 # Lines of a report, and names of missing files in it.
 _MAX_LINES = 20
 _MAX_NAMES = 5
-# More than there are cores: on network storage, the time goes into waiting.
+# More than the cores, since network storage is mostly waiting.
 _NUM_THREADS = 16
 # Pixels of all images that are decoded at once: some 2 GB.
 _PIXELS_AT_ONCE = 1 << 28
 _CHUNK = 200
 # Bytes at the end of a PNG in which to look for its last IDAT chunk.
 _TAIL = 1 << 16
-# What a file of kept results must say to be believed.
+# Version of the files of kept results.
 _VERSION = 1
 
 _Given = TypeVar("_Given")
@@ -48,7 +47,7 @@ _Found = TypeVar("_Found")
 
 
 class Header(NamedTuple):
-    """What the header of an image tells.
+    """The content of an image's header.
 
     Attributes:
         width, height: in pixels, upright.
@@ -68,23 +67,22 @@ class _Problem(NamedTuple):
 def check_images(
     records: Sequence[dict[str, Any]], source: str, json_file: str | None, hint: str, all_needed: bool = True
 ) -> None:
-    """Checks the images of a dataset: that each is there, is an image and has the size that its record says.
+    """Checks that each image of a dataset exists, is an image and has the size of its record.
 
-    It also reads the pixels of NUM_SAMPLED of them, and of as many of each kind of greys of more than 8 bits. With
-    several processes, one a machine does all that, and all raise what any found. Images behind addresses ("://") are
-    left out.
+    It also reads the pixels of NUM_SAMPLED of them, and of as many of each kind of greys of more than 8 bits. One
+    process a machine does this, and all raise its error. Images behind addresses ("://") are left out.
 
     Args:
         records: Detectron2's dataset dicts.
-        source: what a user knows the dataset by.
-        json_file: where its annotations are; beside it, the result is kept. None: nowhere.
+        source: the user's name for the dataset.
+        json_file: its annotations, beside which the result is kept; None keeps none.
         hint: what to do where a folder of images is missing.
-        all_needed: whether one image that cannot be used is an error; else only that there is no other is.
+        all_needed: whether one unusable image is an error; else only a dataset without a usable one is.
 
     Raises:
         FileNotFoundError: some do not exist.
         OSError: some cannot be read.
-        ValueError: some have another size than their records say. Each names all that is wrong, in 20 lines at most.
+        ValueError: some have another size than their records. Each error names all faults, in 20 lines at most.
     """
     alone = comm.get_world_size() == 1
     found = _problems(records, json_file) if alone or comm.get_local_rank() == 0 else []
@@ -96,7 +94,7 @@ def check_images(
 
 
 def read_headers(paths: Sequence[str]) -> list[Header | OSError]:
-    """Reads the header of each of some images, or finds why it cannot be read; with a progress bar if that takes long.
+    """Reads the headers of images, or the errors that reading them raises; with a progress bar if that takes long.
 
     No pixels are decoded.
     """
@@ -113,7 +111,7 @@ def _problems(records: Sequence[dict[str, Any]], json_file: str | None) -> list[
     digest = "" if missing else _digest(records, states)
     kept = _read_kept(json_file, digest)
     if kept is not None:
-        # They name the ranges of their greys in the log.
+        # Reading them logs the ranges of their greys.
         return [_Problem(OSError, str(error)) for error in map(_pixel_error, kept) if error]
 
     there = [record for record, state in zip(records, states, strict=True) if not isinstance(state, FileNotFoundError)]
@@ -161,7 +159,7 @@ def _in_threads(
 def _state(path: str) -> os.stat_result | OSError | ValueError:
     try:
         return os.stat(path)
-    except (OSError, ValueError) as error:  # a ValueError if it holds what no path may
+    except (OSError, ValueError) as error:  # a ValueError if it has characters that no path may have
         return error
 
 
@@ -178,7 +176,7 @@ def _pixel_error(path: str) -> OSError | None:
 
 
 def spread(items: Sequence[_Given], at_most: int) -> list[_Given]:
-    """Items at equal distances, at most so many."""
+    """At most this many items, at equal distances."""
     step = max(1, len(items) / at_most)
     return [items[int(i * step)] for i in range(min(at_most, len(items)))]
 
@@ -230,7 +228,7 @@ def _header(file: BinaryIO) -> Header:
             if kind == b"eXIf":
                 image.info["exif"] = content
             elif content.startswith((b"XML:com.adobe.xmp", b"Raw profile type exif")):
-                # The orientation may stand here as well, in forms that are left to Pillow.
+                # The orientation may be here too, in forms that are left to Pillow.
                 image.load()
     turned = orientation(image)
     if turned > 4 and image.format == "TIFF":
@@ -242,7 +240,7 @@ def _header(file: BinaryIO) -> Header:
 
 
 def _chunks_behind_pixels(file: BinaryIO) -> list[tuple[bytes, bytes]]:
-    """Kind and content of each chunk of a PNG behind its last IDAT chunk.
+    """Kind and content of each chunk of a PNG after its last IDAT chunk.
 
     Raises:
         ValueError: it is cut short.
@@ -287,7 +285,7 @@ def _chunks(data: bytes, start: int) -> Iterable[tuple[bytes, bytes]]:
 
 
 def _digest(records: Sequence[dict[str, Any]], states: Sequence[os.stat_result | OSError | ValueError]) -> str:
-    """Changes with the name, size in pixels, file and time of any image."""
+    """A checksum that changes with the name, size in pixels, file and time of any image."""
     digest = hashlib.sha256()
     for record, state in zip(records, states, strict=True):
         if isinstance(state, Exception):
@@ -303,7 +301,7 @@ def _kept_file(json_file: str) -> str:
 
 
 def _read_kept(json_file: str | None, digest: str) -> list[str] | None:
-    """Of images that were found good and have not changed since, those whose ranges are to be named; else None."""
+    """The images whose ranges are to be logged, if all were found good and have not changed since; else None."""
     if json_file is None or not digest:
         return None
     try:
@@ -313,7 +311,7 @@ def _read_kept(json_file: str | None, digest: str) -> list[str] | None:
             return None
         return [path for path in kept["deep"] if isinstance(path, str)]
     except (OSError, ValueError, KeyError, TypeError):
-        # There is none, or one that something else wrote: the check is made anew.
+        # No such file, or another program's: the check is made anew.
         return None
 
 

@@ -1,12 +1,12 @@
 """The one reader of images, for training, evaluation, prediction and pretraining.
 
-An image comes out upright, as its EXIF data says, and with 8 bits a channel. What Detectron2 reads rightly is read the
-same, bit for bit. Otherwise:
+An image comes out upright, as its EXIF data says, and with 8 bits a channel. Files that
+Detectron2 reads correctly give the same, bit for bit. Otherwise:
 
-- Images of 16 bits are scaled by the range that their files declare, 0 to 65535 or less, and greys of floating point
-  numbers from 0 to 1. The log names the range once. An image whose range is not known, or which would come out
-  black by it, is refused.
-- Every checksum of a PNG is compared. Pillow, which skips those of the pixels, returns wrong ones from a damaged file.
+- Images of 16 bits are scaled by the range that their files declare, 0 to 65535 or less, and floating point greys from
+  0 to 1. The log names the range once. An image of unknown range, or which would come out black, is refused.
+- Every checksum of a PNG is compared. Pillow skips the checksum of the pixels and returns wrong pixels from a damaged
+  file.
 - Only files are opened: a FIFO would block, and a device may never end.
 """
 
@@ -29,7 +29,7 @@ from PIL import ExifTags, Image, ImageOps
 logger = logging.getLogger(__name__)
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# A scaled image whose brightest pixel is darker than this, of 1, would be taken for black: 12 bits stored as 16, say.
+# A scaled image whose brightest pixel is below this, on a scale of 1, looks black: 12 bits stored as 16, for example.
 _BLACK = 1 / 16
 _TIFF_BITS_PER_SAMPLE, _TIFF_PHOTOMETRIC, _TIFF_WHITE_IS_ZERO = 258, 262, 0
 # Kinds of grey images whose range this process has named already.
@@ -53,7 +53,7 @@ def read_image(path: str, image_format: str) -> np.ndarray:
 
 
 def read_upright(path: str) -> Image.Image:
-    """As `read_image`, but Pillow's image, of a mode that it can convert to RGB."""
+    """As `read_image`, but returns Pillow's image, of a mode that it can convert to RGB."""
     with unreadable_image_named(path), open_image_file(path) as file:
         if file.read(len(PNG_SIGNATURE)) == PNG_SIGNATURE:
             file = io.BytesIO(_with_compared_checksums(file.read()))
@@ -66,14 +66,14 @@ def upright_8_bit(image: Image.Image, name: str) -> Image.Image:
 
     Args:
         image: of any mode.
-        name: what a user knows it by, for the log.
+        name: the user's name for it, for the log.
 
     Raises:
-        ValueError: its values have no known range, or come out black. Otherwise, whatever Pillow raises.
+        ValueError: its values have no known range, or come out black. Pillow may raise other errors.
     """
     # How the pixels are packed; Pillow itself keeps the upper 8 bits of colours of 16.
     of_16_bits = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
-    # Before anything asks for the EXIF data: Pillow may decode a PNG for it, and decodes only once, well or not.
+    # Before the EXIF data is read: Pillow may decode a PNG for it, and decodes only once, even if that fails.
     image.load()
     if is_deep(image):
         scaled = _scaled(image, name)
@@ -87,29 +87,29 @@ def upright_8_bit(image: Image.Image, name: str) -> Image.Image:
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Whether an image is a grey one of more than 8 bits, or of floating point numbers."""
+    """Whether an image is grey with more than 8 bits, or floating point."""
     return image.mode in ("I", "F") or image.mode.startswith("I;")
 
 
 def orientation(image: Image.Image) -> int:
     """The EXIF orientation of a loaded image, from 1 to 8; 1 where there is none that can be read, as in Detectron2.
 
-    Of an image that is not loaded, it is what has been read so far; nothing more is read.
+    An image that is not loaded is not read further: the orientation is what has been read so far.
     """
     try:
-        # That of Image itself: a PNG's own decodes all of it, in case that the orientation stands behind the pixels.
+        # Image's own method: a PNG's decodes the whole file, in case the orientation comes after the pixels.
         value = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-    except Exception:  # depends on what is in the file; damaged metadata costs nobody the pixels
+    except Exception:  # the kind of error depends on the file; damaged metadata does not make the pixels unusable
         return 1
     return value if value in range(1, 9) else 1
 
 
 @contextmanager
 def open_image_file(path: str) -> Iterator[BinaryIO]:
-    """Opens what is a file, or a link to one; addresses by Detectron2's PathManager.
+    """Opens a file, a link to one, or an address by Detectron2's PathManager.
 
     Raises:
-        OSError: it is anything else.
+        OSError: the path is anything else.
     """
     if "://" in path:
         with PathManager.open(path, "rb") as file:
@@ -126,7 +126,7 @@ def open_image_file(path: str) -> Iterator[BinaryIO]:
 def unreadable_image_named(name: str) -> Iterator[None]:
     """Turns whatever Pillow raises for a missing, truncated or foreign file into an OSError that names it.
 
-    That is any error, since a broken header may be any: ValueError, TypeError, zlib.error and others.
+    A broken header may raise any error: ValueError, TypeError, zlib.error and others.
     """
     try:
         yield
@@ -140,7 +140,7 @@ def unreadable_image_named(name: str) -> Iterator[None]:
 
 
 def name_range_once(kind: str, message: str) -> None:
-    """Logs how a kind of grey images is scaled, once a run: not in the processes of a data loader."""
+    """Logs how a kind of grey images is scaled, once a run and not in the processes of a data loader."""
     if kind not in _named and multiprocessing.parent_process() is None:
         _named.add(kind)
         logger.info(message)
@@ -172,7 +172,7 @@ def _turned(image: Image.Image, orientation: int) -> Image.Image:
 
 
 def _scaled(image: Image.Image, name: str) -> Image.Image:
-    """Scales a grey image of more than 8 bits, or of floating point numbers, to mode L."""
+    """Scales a grey image of more than 8 bits, or of floating point, to mode L."""
     values = np.asarray(image)
     tags = getattr(image, "tag_v2", {})
     if image.mode == "F":
@@ -213,7 +213,7 @@ def _scaled(image: Image.Image, name: str) -> Image.Image:
 
 
 def _refuse_black(image: Image.Image, name: str) -> None:
-    """Refuses an image of 16-bit channels that come out black with their upper 8 bits."""
+    """Refuses an image of 16-bit channels whose upper 8 bits are black."""
     colors = [band.getextrema() for band, letter in zip(image.split(), image.getbands(), strict=True) if letter != "A"]
     if max(highest for _, highest in colors) < _BLACK * 256:
         raise ValueError(
@@ -226,10 +226,10 @@ def _refuse_black(image: Image.Image, name: str) -> None:
 
 
 def _with_compared_checksums(chunks: bytes) -> bytes:
-    """A PNG, given without its signature, whose checksums are right: those of its chunks and that of its pixels.
+    """Checks the checksums of a PNG, given without its signature, and returns it with its pixels uncompressed.
 
-    The pixels are inflated here, where zlib compares their sum, and stored as they are, so that Pillow has no second
-    time to spend on it.
+    zlib inflates the pixels and compares their checksum here. They are stored uncompressed, so that Pillow does not
+    inflate them a second time.
 
     Raises:
         ValueError: it is damaged or cut short.
@@ -269,17 +269,17 @@ def _chunk_header(header: memoryview) -> tuple[int, bytes]:
 
 
 def _inflated(pixels: bytearray, header: bytes) -> bytes:
-    """The rows of a PNG, each behind its filter's number, from its IDAT chunks and what is in its IHDR chunk."""
+    """The rows of a PNG, each after the number of its filter, from its IDAT chunks and its IHDR chunk's content."""
     width, height, bits, color_type = struct.unpack(">IIBB", header[:10])
     channels = {2: 3, 4: 2, 6: 4}.get(color_type, 1)
-    # Interlaced ones have shorter rows, and more of them.
+    # Interlaced images have more rows, which are shorter.
     at_most = 2 * height * (1 + (width * bits * channels + 7) // 8) + 1024
     if width * height > 2 * (Image.MAX_IMAGE_PIXELS or float("inf")):
         raise Image.DecompressionBombError(f"{width} × {height} pixels are more than Pillow takes")
     inflater = zlib.decompressobj()
     rows = inflater.decompress(pixels, at_most)
     if not inflater.eof:
-        # All rows may be out, and the checksum behind them not yet compared.
+        # All rows may be inflated, but the checksum after them not yet compared.
         inflater.decompress(inflater.unconsumed_tail, 1)
     if not inflater.eof:
         raise ValueError("the PNG's pixels are cut short, or more than it declares")

@@ -1,10 +1,10 @@
-"""From a record to what the model takes: the image resized as INPUT.RESIZE says, its instances with it.
+"""From a record to the model's input: image and instances, resized as INPUT.RESIZE says.
 
 INPUT.RESIZE "fixed", in training and in testing, resizes each image to the model's height and width, which are
 IMG_SIZE and IMG_WIDTH of MODEL.VIT or MODEL.SWIN; the detector maps its results back to the original size. "lsj" is the
 large-scale jitter of Detectron2's ViTDet recipe: in training, the image is scaled by a random factor of INPUT.LSJ_SCALE
-and cropped to height × width at most; in testing, it becomes as large as fits in height × width. The model pads what is
-smaller.
+and cropped to height × width at most; in testing, it becomes as large as fits in height × width. The model pads
+smaller images.
 """
 
 import copy
@@ -24,7 +24,7 @@ from ..config import image_size
 from .broken_images import BrokenImages
 from .images import read_image
 
-# Masks that Pillow has resized cannot be written to; Detectron2 makes tensors of them and only reads these.
+# Pillow returns resized masks as read-only arrays, of which torch warns. Detectron2 only reads their tensors.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable", module="detectron2")
 
 
@@ -33,13 +33,13 @@ def build_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
 
     Args:
         cfg: config with the keys of `add_karat_config`.
-        is_train: with the random transforms of training or without.
+        is_train: whether to include the random transforms of training.
 
     Returns:
         Detectron2's augmentations, in the order in which they apply.
 
     Raises:
-        ValueError: INPUT.RESIZE, INPUT.RANDOM_FLIP or INPUT.LSJ_SCALE has a value that it cannot have.
+        ValueError: INPUT.RESIZE, INPUT.RANDOM_FLIP or INPUT.LSJ_SCALE has a value that is not allowed.
     """
     height, width = image_size(cfg)
     resize, flip = cfg.INPUT.RESIZE, cfg.INPUT.RANDOM_FLIP
@@ -70,8 +70,8 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> DatasetMapper:
     """Builds Detectron2's DatasetMapper with the transforms of `build_augmentation`.
 
     Called with a record, the mapper returns a dict with `image`, a uint8 tensor (3, H, W), and in training `instances`,
-    the boxes, classes and masks of what is no crowd; an image that has none of these gets empty ones. An image that
-    cannot be read is an OSError that names the file; one whose size is not that of its record, a ValueError.
+    the boxes, classes and masks of objects that are no crowds, possibly none. It raises an OSError that names the file
+    for an image that cannot be read, and a ValueError for an image whose size is not that of its record.
 
     Args:
         cfg: config with the keys of `add_karat_config`.
@@ -97,12 +97,12 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> DatasetMapper:
 
 
 class MappedImages(Sequence):
-    """Images to train on. The next one stands for one that cannot be read, as long as these are few.
+    """Images to train on. The next image replaces one that cannot be read, as long as these are few.
 
     Args:
         records: Detectron2's dataset dicts.
-        mapper: makes of one what the model takes.
-        place: what a user knows the data by.
+        mapper: makes the model's input from a record.
+        place: the user's name for the data.
     """
 
     def __init__(self, records: Sequence[dict[str, Any]], mapper: Callable[[dict[str, Any]], Any], place: str):
@@ -114,7 +114,7 @@ class MappedImages(Sequence):
         return len(self.records)
 
     def __getitem__(self, index: int) -> Any:
-        """What the mapper makes of a record.
+        """The mapper's result for a record.
 
         Raises:
             ValueError: too many images cannot be read.
@@ -130,7 +130,7 @@ class MappedImages(Sequence):
 
 class _Mapper(DatasetMapper):
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
-        """As Detectron2's, but for the reader, which has no hook there."""
+        """As Detectron2's, but with this package's reader of images, for which Detectron2 has no hook."""
         example = copy.deepcopy(dataset_dict)
         image = read_image(example["file_name"], self.image_format)
         detection_utils.check_image_size(example, image)

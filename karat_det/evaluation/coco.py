@@ -1,13 +1,13 @@
-"""COCO evaluation: Detectron2's COCOEvaluator with faster-coco-eval doing the sums.
+"""COCO evaluation: Detectron2's COCOEvaluator, with faster-coco-eval for the sums.
 
 Detectron2 gathers the predictions, makes metrics of the sums and tabulates; the C++ evaluator of faster-coco-eval
-matches, accumulates and summarizes in place of pycocotools' Python one. The twelve figures of the COCO summary, and the
-precision array of shape (IoU thresholds, recall thresholds, classes, area ranges, maximum detections) that the AP of
-each class is read from, are those of pycocotools.
+matches, accumulates and summarizes in place of pycocotools' Python one. Its results equal those of pycocotools: the
+twelve figures of the COCO summary, and the precision array of shape (IoU thresholds, recall thresholds, classes, area
+ranges, maximum detections), from which the AP of each class is computed.
 
-The ground truth is what `karat_det.data.formats.coco` reads, as in training. Both evaluators take ids to be small
-positive integers (id 0 of an annotation is "no match", one above 2^53 is rounded), so the sums are done with numbers of
-their own; the JSON of the results carries the dataset's ids.
+`karat_det.data.formats.coco` reads the ground truth, as in training. Both evaluators need small positive integers for
+ids (id 0 of an annotation is "no match", one above 2^53 is rounded). So images, classes and annotations are numbered
+for the sums; the JSON of the results has the dataset's ids.
 """
 
 import json
@@ -35,7 +35,7 @@ class FasterCOCOEvaluator(COCOEvaluator):
 
     The results are Detectron2's: for each task "AP", "AP50", "AP75", "APs", "APm", "APl", and with more than one class
     "AP-<class name>", in percent; nan where nothing can be measured (a class without ground truth, or no prediction
-    at all). Where the JSON has no "annotations", as COCO's test sets, there are none. Under torch.distributed the
+    at all). A JSON without "annotations", such as COCO's test sets, gives none. Under torch.distributed the
     predictions are gathered on the main process, and the others return {}.
     """
 
@@ -50,8 +50,8 @@ class FasterCOCOEvaluator(COCOEvaluator):
         Args:
             dataset_name: a registered dataset with instance annotations. If it is in another format than COCO's, it is
                 converted, for which it needs `output_dir`.
-            tasks: "bbox", "segm" or both; None reads them off the predictions, so that a model that has not
-                predicted anything is measured by its boxes alone.
+            tasks: "bbox", "segm" or both; None takes those that the predictions have, so that a model without
+                any prediction is measured by its boxes alone.
             distributed: gather the predictions of all processes.
             output_dir: folder for `coco_instances_results.json` and `instances_predictions.pth`; None writes neither.
 
@@ -60,7 +60,7 @@ class FasterCOCOEvaluator(COCOEvaluator):
                 `output_dir`.
             FileNotFoundError: there is no such JSON.
         """
-        # Not Detectron2's __init__, which reads the JSON with pycocotools, whatever is in it. These are its attributes.
+        # Detectron2's __init__ would read the JSON with pycocotools, unchecked. These are its attributes.
         self._logger = logging.getLogger("detectron2.evaluation.coco_evaluation")
         self._distributed = distributed
         self._output_dir = output_dir
@@ -119,7 +119,7 @@ class FasterCOCOEvaluator(COCOEvaluator):
         super().process(inputs, outputs)
 
     def _eval_predictions(self, predictions: list[dict[str, Any]], img_ids: Sequence[Any] | None = None) -> None:
-        """Takes the place of Detectron2's method, which can use no evaluators but its own two.
+        """Replaces Detectron2's method, which can use no evaluators but its own two.
 
         Args:
             predictions: for each image "image_id" and "instances", a list of COCO results with class numbers.
@@ -161,8 +161,8 @@ class FasterCOCOEvaluator(COCOEvaluator):
         self, truth: COCO, results: list[dict[str, Any]], task: str, img_ids: Sequence[int] | None
     ) -> COCOeval_faster:
         """Matches, accumulates and summarizes; the summary is one entry of the log."""
-        # Beside a box, a mask would count as small or large by the box's area. Loading writes to what it is given, so
-        # it gets copies for either task.
+        # With a box, a mask would count as small or large by the box's area. Loading writes to its argument, so each
+        # task gets a copy.
         unused = "bbox" if task == "segm" else ""
         numbered = [
             {
@@ -184,19 +184,19 @@ class FasterCOCOEvaluator(COCOEvaluator):
 
 
 class _ByOwnIds(PlainCOCO):
-    """pycocotools' COCO whose images go by ids that may be text, which it would take for a list of letters."""
+    """pycocotools' COCO with ids of images that may be text, which it would read as a list of letters."""
 
     def getAnnIds(self, imgIds: Any) -> list[int]:
         return super().getAnnIds([imgIds])
 
 
 def ground_truth(content: CocoContent, class_of: Sequence[int], masks: bool) -> dict[str, Any]:
-    """A dataset in COCO format whose ids are numbers: images and classes from 0, annotations from 1.
+    """A dataset in COCO format with numbers for ids: images and classes from 0, annotations from 1.
 
     Args:
-        content: what was read.
+        content: the dataset as it was read.
         class_of: for each category of `content` the number of its class.
-        masks: with masks, and without the objects whose mask is empty, as in training with masks.
+        masks: whether to include masks and leave out objects with an empty mask, as in training with masks.
 
     Returns:
         A new dict; boxes and masks are shared with `content`.

@@ -1,7 +1,7 @@
-"""Reads COCO's JSON, checks it by the rules of `coco_schema`, and brings it into one form with numbers of its own.
+"""Reads COCO's JSON, checks it by the rules of `coco_schema`, and brings it into one form.
 
-Everything that uses a COCO dataset, in training and in evaluation, gets it from here. Images and classes go by their
-places in the order of their ids; the ids themselves, numbers or text, are kept for results alone.
+Training and evaluation get every COCO dataset from here. Images and classes are numbered in the order of their ids; the
+ids themselves, numbers or text, are kept for results alone.
 """
 
 import gc
@@ -37,14 +37,14 @@ class Image:
 
 @dataclass(frozen=True)
 class CocoContent:
-    """What a JSON holds.
+    """The content of a JSON.
 
     Attributes:
         images: in the order of their ids.
         category_ids: the id of each class, in the order of the ids.
         class_names: the name of each class, no two alike.
-        annotations: for each image its annotations, in the order of the file; None where the JSON has none, as a test
-            set. Each is a dict of Detectron2's dataset format: "bbox" as four floats, "bbox_mode" XYWH_ABS,
+        annotations: for each image its annotations, in the order of the file; None where the JSON, such as a test
+            set's, has none. Each is a dict of Detectron2's dataset format: "bbox" as four floats, "bbox_mode" XYWH_ABS,
             "category_id" the number of its class, "iscrowd" 0 or 1, and "segmentation", polygons or compressed
             run-length encoding, where it has a mask; with "id", its own or None, and "area" in pixels. Where it has a
             mask without a pixel, "empty_mask" is True and there is no "segmentation".
@@ -59,15 +59,15 @@ class CocoContent:
 def read_coco(json_file: str, source: str | None = None) -> CocoContent:
     """Reads and checks a file.
 
-    What is put right or left out is logged, a line for each rule with its count.
+    Each rule by which something was put right or left out is logged in a line, with its count.
 
     Args:
         json_file: its path.
-        source: what errors call it; its path by default.
+        source: its name in errors; its path by default.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no JSON, or breaks a rule of `coco_schema.RULES` that refuses; all errors in one report.
+        ValueError: it is no JSON, or breaks a refusing rule of `coco_schema.RULES`; all errors are in one report.
     """
     with _without_collector():
         return _read(json_file, Report(source or json_file, RULES, DOCUMENTATION))
@@ -84,7 +84,7 @@ def read_categories(json_file: str, source: str | None = None) -> tuple[list[Id]
             categories = _read_categories(_parse(json_file, report, only="categories"), report)
             report.raise_refused()
         except ValueError:
-            # There may be more to tell.
+            # Other errors may be reported with it.
             read_coco(json_file, source)
             raise
     return categories
@@ -94,7 +94,7 @@ def _read(json_file: str, report: Report) -> CocoContent:
     content = _parse(json_file, report)
     category_ids, class_names = _read_categories(content, report)
     images, numbers = _read_images(content, report)
-    # Taken out of the content, entry by entry: what is read must not be held twice.
+    # Removed from the content entry by entry, so that nothing is in memory twice.
     raw = content.pop("annotations", None)
     annotations = None
     if isinstance(raw, list):
@@ -162,7 +162,7 @@ def _parse(json_file: str, report: Report, only: str | None = None) -> dict[str,
 
 
 def _report_twice(content: dict[str, Any], twice: list[tuple[dict[str, Any], str]], report: Report) -> None:
-    """Says where the objects stand that hold a key twice: an entry of a list, what is in one, or elsewhere."""
+    """Names the place of each object that has a key twice: an entry of a list, a part of one, or elsewhere."""
     places = {}
     for list_name in ("images", "categories", "annotations") if twice else ():
         for index, entry in enumerate(content[list_name] if isinstance(content.get(list_name), list) else ()):
@@ -270,7 +270,7 @@ def _read_side(image: dict[str, Any], key: str, index: int, report: Report) -> i
 def _read_annotations(
     raw: list, images: list[Image], places: dict[Id, int], categories: dict[Id, Id], report: Report
 ) -> list[list[dict[str, Any]]]:
-    """Reads the annotations, and empties the list that they stand in.
+    """Reads the annotations, and empties their list.
 
     Args:
         raw: the JSON's list.
@@ -287,7 +287,7 @@ def _read_annotations(
     image_of = {key: (place, images[place].id) for key, place in places.items()}
     habits = BoxHabits()
     seen: dict[Id, int] = {}
-    # The popular "minival" files of COCO 2014 hold ids twice; nothing here depends on the ids of annotations.
+    # The popular "minival" files of COCO 2014 have ids twice; nothing here depends on the ids of annotations.
     unique = "minival" not in report.source
     for index in range(len(raw)):
         annotation, raw[index] = raw[index], None
@@ -328,7 +328,7 @@ def _read_annotations(
         if box is None or number is None:
             continue
         x, y, w, h = box
-        # What is left of it in the image.
+        # The part of the box that is in the image.
         inner = min(x + w, width) - max(x, 0), min(y + h, height) - max(y, 0)
         is_empty = min(inner) < LEAST_SIDE
         if is_empty:
@@ -355,7 +355,7 @@ def _read_annotations(
 
 
 def _compare_same_files(images: list[Image], annotations: list[list[dict[str, Any]]], report: Report) -> None:
-    """Notes entries of the same file that have other objects. Entries that repeat an image are let be."""
+    """Notes entries of the same file that have other objects. Entries that repeat an image are allowed."""
 
     def objects(place: int) -> list[tuple[int, list[float]]]:
         return sorted((each["category_id"], each["bbox"]) for each in annotations[place])
@@ -381,7 +381,7 @@ def _referred(
         return None
     number, own = known.get(key_of(id), (None, id))
     if not known and (report.counts.get("structure") or report.counts.get("no-categories")):
-        # That there is no list, or none that can be read, is noted already.
+        # A missing or unreadable list is noted already.
         return None
     if number is None:
         list_name = "images" if key == "image_id" else "categories"
@@ -447,7 +447,7 @@ def _read_area(
 
 
 def _objects(content: dict[str, Any], list_name: str, report: Report):
-    """The entries of a list that are objects, with their indices; the others are noted."""
+    """The entries of a list that are objects, with their indices; notes the others."""
     entries = content.get(list_name)
     for index, entry in enumerate(entries if isinstance(entries, list) else ()):
         if type(entry) is dict:

@@ -1,17 +1,17 @@
-"""Whether a file's boxes are meant as COCO has them, [x, y, width, height] in pixels, seen over all of them."""
+"""Checks over all boxes of a file whether they are COCO's, [x, y, width, height] in pixels."""
 
 from dataclasses import dataclass, field
 
 from .coco_masks import NUMBERS, Extent
 from .report import Report, place_of
 
-# Pixels by which a box may leave its image, as rounding does, and of its longer side, as boxes drawn by hand do.
+# How far a box may leave its image: in pixels, by rounding, and as a share of its longer side, if drawn by hand.
 _MARGIN = 2.0
 _LOOSE = 1 / 20
-# Boxes that say something by what they all have in common.
+# Least number of boxes to judge by what they all have in common.
 _ENOUGH = 10
 _MEANING = "A bbox must be [x, y, width, height], in pixels from the upper left corner."
-# Other meanings of four numbers (a, b, c, d), as extents.
+# Extents by other meanings of a box's elements (a, b, c, d).
 _READINGS = {
     "corners [x1, y1, x2, y2]": lambda a, b, c, d: (a, b, c, d),
     "[x, y, width, height] from the centre": lambda a, b, c, d: (a - c / 2, b - d / 2, a + c / 2, b + d / 2),
@@ -21,7 +21,7 @@ _READINGS = {
 
 @dataclass
 class BoxHabits:
-    """Counts what the boxes of a file have in common, so that the whole file can be asked back."""
+    """Counts what the boxes of a file have in common, so that the whole file can be refused."""
 
     boxes: int = 0
     fractions: int = 0
@@ -31,7 +31,7 @@ class BoxHabits:
     masks_as_fractions: int = 0
     corners_by_area: int = 0
     disagreeing: int = 0
-    # Boxes that leave their image and would fit in it, and boxes that would fit their masks better, by reading.
+    # For each reading: boxes that leave their image and would fit in it, and boxes that would fit their masks better.
     fit_image: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_READINGS, 0))
     fit_mask: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_READINGS, 0))
     first: dict[str, str] = field(default_factory=dict)
@@ -42,15 +42,15 @@ class BoxHabits:
         """Counts one box.
 
         Args:
-            box: the four numbers of an annotation, finite.
-            extent: that of its mask, where there is one with pixels.
-            width, height: of the image, in pixels.
-            index, annotation: of the list in the JSON.
+            box: an annotation's four elements, finite.
+            extent: its mask's, if it has one with pixels.
+            width, height: the image's, in pixels.
+            index, annotation: its place in the JSON's list, and itself.
         """
         x, y, w, h = box
         self.boxes += 1
         kinds = []
-        # Whole numbers may be the box of one pixel, in the corner.
+        # A box of whole numbers may be that of one pixel, in the corner.
         if x <= 1 and y <= 1 and w <= 1 and h <= 1 and any(side % 1 for side in box) and max(width, height) > 2:
             self.fractions += 1
             kinds.append("fractions")
@@ -69,7 +69,7 @@ class BoxHabits:
             self.corners_by_area += 1
             kinds.append("corners by area")
         self.inside_as_corners += _is_inside((x, y, w, h), width, height)
-        # Where its mask is with it, a box is right, wherever it is.
+        # A box that agrees with its mask is right, wherever it is.
         margin = max(_MARGIN, _LOOSE * max(width, height))
         if agreement < 0.8 and not _is_inside((x, y, x + w, y + h), width, height, margin):
             self.leaving += 1
@@ -85,7 +85,7 @@ class BoxHabits:
         half of whose masks are fractions."""
         as_mask = max(self.fit_mask, key=self.fit_mask.__getitem__)
         as_image = max(self.fit_image, key=self.fit_image.__getitem__)
-        # Of boxes that are meant as COCO has them, some start further right or down than they are wide or high.
+        # Among COCO's boxes, some start further right or down than they are wide or high.
         all_as_corners = self.inside_as_corners == self.boxes >= _ENOUGH
         if 2 * self.fractions > self.boxes:
             rule = "boxes-as-fractions"
@@ -140,9 +140,9 @@ def _is_inside(box: Extent, width: int, height: int, margin: float = _MARGIN) ->
 
 
 def _has_area_of_corners(box: list[float], area: object) -> bool:
-    """Whether an object's area is (x2 − x1) · (y2 − y1) of its box's numbers, and far from width × height."""
+    """Whether an object's area is (x2 − x1) · (y2 − y1) of its box's elements, and far from width × height."""
     x, y, w, h = box
-    # No area is larger than an image; an int may be larger than any float.
+    # An area is at most an image's; an int may be larger than any float.
     if type(area) not in NUMBERS or not 0 < area < 2**53 or not (x < w and y < h):
         return False
     return abs((w - x) * (h - y) - area) <= 0.01 * area and abs(w * h - area) > 0.1 * area
@@ -155,9 +155,9 @@ def _seen(box: list[float], extent: Extent | None, width: int, height: int, inde
 
 
 def _agreement(box: Extent, mask: Extent) -> float:
-    """Intersection over union of what boxes span, a pixel added on each side; 0 if the first one is none.
+    """Intersection over union of two extents, a pixel added on each side; 0 if the first one is no box.
 
-    Masks may be rounded to pixels, and those of small objects would not agree otherwise.
+    Masks may be rounded to pixels, so that small ones would not agree otherwise.
     """
     left, top, right, bottom = box
     left_of, top_of, right_of, bottom_of = mask

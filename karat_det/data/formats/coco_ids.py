@@ -1,11 +1,11 @@
-"""The ids of COCO's JSON: numbers or text, which are only names."""
+"""The ids of COCO's JSON: numbers or text, used as names alone."""
 
 from typing import Any
 
 from .report import Report, short
 
 Id = int | str
-# The largest whole number up to which a float is one number only.
+# Up to here each float is the nearest to one whole number only.
 MAX_EXACT = 2**53
 
 
@@ -16,7 +16,7 @@ def read_id(entry: dict[str, Any], key: str, list_name: str, index: int, place: 
     if type(id) is str and id:
         report.add("id-text", list_name, index, place, f"{key} is {short(id)}")
         return id
-    # A larger float may stand for several whole numbers.
+    # A larger float may be the nearest to several whole numbers.
     if type(id) is float and id.is_integer() and abs(id) <= MAX_EXACT:
         report.add("id-float", list_name, index, place, f"{key} is {short(id)}")
         return int(id)
@@ -25,7 +25,7 @@ def read_id(entry: dict[str, Any], key: str, list_name: str, index: int, place: 
 
 
 def key_of(id: Id) -> Id:
-    """What ids are compared by: 1 and "1" are the same, "01" is another one."""
+    """The key to compare ids by: 1 and "1" are the same, "01" is another one."""
     if type(id) is str and len(id) < 20 and id.isascii() and id.lstrip("-").isdigit() and str(int(id)) == id:
         return int(id)
     return id

@@ -22,12 +22,12 @@ def read_mask(value: Any, width: int, height: int, note: Note) -> tuple[list | d
     """Checks the segmentation of an annotation, which is not null.
 
     Args:
-        value: polygons or a run-length encoded mask, as JSON has them.
-        width, height: of the image, in pixels.
+        value: polygons or a run-length encoded mask, as in the JSON.
+        width, height: the image's, in pixels.
         note: takes the findings; rules that refuse make the result meaningless.
 
     Returns:
-        Polygons of numbers [[x, y, x, y, …], …], or a compressed run-length encoded mask, or None where there is no
+        Polygons [[x, y, x, y, …], …], or a compressed run-length encoded mask, or None where there is no
         mask; and the extent of the mask, None where it has no pixel or there is none.
     """
     if isinstance(value, dict):
@@ -52,7 +52,7 @@ def _read_polygons(value: list, width: int, height: int, note: Note) -> tuple[li
         note("polygon-pairs", lambda: f"segmentation is {short(value)}")
         polygons = [polygons]
     elif len(polygons) > 2 and all(_is_point(point) for point in polygons):
-        # Points and no polygons: none of these has two numbers.
+        # Points, not polygons: no polygon has two elements.
         polygons = [polygons]
     far = FAR * max(width, height)
     read = []
@@ -76,7 +76,7 @@ def _read_polygons(value: list, width: int, height: int, note: Note) -> tuple[li
                 f"segmentation has a polygon of {len(polygon)} numbers, {short(polygon)}; x and y come in pairs.",
             )
             return None, None
-        # Read the comparisons as they stand: all are False for NaN.
+        # Comparisons with NaN are False, so the question is whether all lie inside, not whether one lies outside.
         xs, ys = polygon[::2], polygon[1::2]
         x1, x2, y1, y2 = min(xs), max(xs), min(ys), max(ys)
         if not (x1 >= -far and y1 >= -far and x2 <= width + far and y2 <= height + far) or math.isnan(sum(polygon)):

@@ -1,4 +1,4 @@
-"""COCO's JSON as this project takes it: the keys it reads, and what becomes of whatever else people's tools write.
+"""COCO's JSON as this project reads it: its keys, and what becomes of other content that tools write.
 
 docs/coco_format.md is made from this file:
 
@@ -9,7 +9,7 @@ from .report import Rule
 
 DOCUMENTATION = "docs/coco_format.md"
 
-# Coordinates further from the image than this many times its longer side are no coordinates of it.
+# Coordinates further from the image than this many times its longer side do not belong to it.
 FAR = 20
 # Least width and height, in pixels, that a box must have inside its image.
 LEAST_SIDE = 1e-3

@@ -1,4 +1,4 @@
-"""What a reader of annotations finds in a file: counted by rule, and told in few lines that name list, index and id."""
+"""Findings of a reader of annotations: counted by rule, and reported in few lines that name list, index and id."""
 
 import logging
 import reprlib
@@ -20,13 +20,13 @@ Verdict = Literal["put right", "refused", "left out"]
 
 @dataclass(frozen=True)
 class Rule:
-    """One thing that a file may have and should not.
+    """A fault that a file may have.
 
     Attributes:
-        verdict: "put right": read as it was surely meant, with a counted warning; "refused": the run does not start;
+        verdict: "put right": read as surely meant, with a counted warning; "refused": the run does not start;
             "left out": the entry is not used, neither in training nor in evaluation, with a counted warning.
-        part: the list or entry that it is about, such as "images".
-        text: what is found and what becomes of it, for the documentation and the log.
+        part: the list or entry that it is in, such as "images".
+        text: the fault and what becomes of it, for the documentation and the log.
     """
 
     verdict: Verdict
@@ -38,9 +38,9 @@ class Report:
     """Collects findings, for one error or a warning for each rule.
 
     Args:
-        source: what a user calls the file.
+        source: the user's name for the file.
         rules: the rules by key.
-        documentation: where the rules are written down.
+        documentation: the page with the rules.
     """
 
     def __init__(self, source: str, rules: Mapping[str, Rule], documentation: str):
@@ -58,8 +58,8 @@ class Report:
 
         Args:
             rule: key of the rule.
-            list_name, index, entry: where, for example "annotations", 3 and the annotation; without, the whole file.
-            detail: what was found there, or a function that says it, where there may be a million and few are shown.
+            list_name, index, entry: its place, for example "annotations", 3 and the annotation; default the whole file.
+            detail: the finding, or a function that returns it, for findings of which a million may occur and few show.
         """
         self.counts[rule] += 1
         if len(self._lines[rule]) < MAX_LINES:
@@ -72,7 +72,7 @@ class Report:
         refused = [rule for rule in self.counts if self._rules[rule].verdict == "refused"]
         total = sum(self.counts[rule] for rule in refused)
         if total:
-            # A line of each rule before a second one of any: a frequent fault must not hide a rare one.
+            # Each rule has a line before any has a second one: a frequent fault must not hide a rare one.
             turns = sorted((turn, *line) for rule in refused for turn, line in enumerate(self._lines[rule]))
             shown = turns[: MAX_LINES - 1 if total < MAX_LINES else MAX_LINES - 2]
             lines = [f"\n  {text}" for _, _, text in sorted(shown, key=lambda line: line[1])]
@@ -91,7 +91,7 @@ class Report:
 
 
 def place_of(list_name: str, index: int, entry: Any) -> str:
-    """Where an entry stands, such as "annotations[3] (id 4, image_id 7)"."""
+    """The place of an entry, such as "annotations[3] (id 4, image_id 7)"."""
     names = {"annotations": ("id", "image_id"), "images": ("id", "file_name")}.get(list_name, ("id", "name"))
     known = [f"{name} {short(entry[name])}" for name in names if isinstance(entry, dict) and name in entry]
     return f"{list_name}[{index}]" + (f" ({', '.join(known)})" if known else "")
