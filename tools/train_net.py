@@ -22,19 +22,27 @@ from karat_det.engine.setup import check_model_and_datasets, load_cfg, log_devic
 from karat_det.engine.trainer import Trainer
 
 
+def read_config(args):
+    on_cpu = ["MODEL.DEVICE", "cpu"] if args.num_gpus == 0 else []
+    return load_cfg(args.config_file, args.opts + on_cpu)
+
+
+def check(args, num_processes):
+    cfg = read_config(args)
+    if args.eval_only and not cfg.DATASETS.TEST:
+        raise ValueError("DATASETS.TEST is empty; --eval-only needs at least one dataset to evaluate on.")
+    check_model_and_datasets(cfg, training=not args.eval_only, num_processes=num_processes)
+
+
 @claims()
 def main(args):
     try:
-        on_cpu = ["MODEL.DEVICE", "cpu"] if args.num_gpus == 0 else []
-        cfg = load_cfg(args.config_file, args.opts + on_cpu)
+        cfg = read_config(args)
         if not args.eval_only:
             args.resume = goes_on(cfg.OUTPUT_DIR, args.resume)
         resumes = args.resume and SafeCheckpointer(None, cfg.OUTPUT_DIR).has_checkpoint()
         if not resumes and (args.eval_only or cfg.MODEL.WEIGHTS):
             check_weights_file(cfg.MODEL.WEIGHTS)
-        if args.eval_only and not cfg.DATASETS.TEST:
-            raise ValueError("DATASETS.TEST is empty; --eval-only needs at least one dataset to evaluate on.")
-        check_model_and_datasets(cfg, training=not args.eval_only)
         if not args.eval_only:
             take_folder(cfg.OUTPUT_DIR)
         comm.synchronize()
@@ -63,4 +71,4 @@ def main(args):
 
 if __name__ == "__main__":
     args = parse_command(default_argument_parser())
-    run_distributed(main, args)
+    run_distributed(main, args, check)

@@ -22,7 +22,7 @@ from karat_det.analysis.visualization import (
     predict,
 )
 from karat_det.checkpoint.loading import check_weights_file, load_weights
-from karat_det.data.dataset_check import load_checked_test_dicts, num_classes
+from karat_det.data.dataset_check import check_datasets, load_checked_test_dicts, num_classes
 from karat_det.data.mapper import build_mapper
 from karat_det.engine.setup import load_cfg, parse_command
 
@@ -60,6 +60,8 @@ def main(args: argparse.Namespace) -> None:
         test_set = ["DATASETS.TEST", str((args.dataset,))] if args.dataset else []
         cfg = load_cfg(args.config_file, args.opts + test_set, own_data_needed=args.dataset is not None)
         check_weights_file(args.weights, "--weights")
+        if args.dataset:
+            check_datasets(cfg, training=False)
         records = load_checked_test_dicts(cfg, all_images=False) if args.dataset else image_records(args.input)
         records = records[: args.max_images]
         classes = dataset_classes(cfg.DATASETS.TEST, num_classes(cfg))

@@ -3,6 +3,7 @@
 `formats.coco` checks the content of a JSON, and `image_check` the images. A record is Detectron2's dataset dict: one
 image's file, size, id and annotations. Loading COCO's training set takes half a minute, so load it once:
 
+    check_datasets(cfg, training=True)
     build_detection_train_loader(cfg, mapper=build_mapper(cfg, is_train=True), dataset=load_checked_dicts(cfg))
 """
 
@@ -60,7 +61,7 @@ def check_datasets(cfg: CfgNode, training: bool) -> None:
 
 
 def load_checked_dicts(cfg: CfgNode) -> list[Record]:
-    """Loads and checks the datasets of DATASETS.TRAIN, and checks those of DATASETS.TEST.
+    """Loads and checks the datasets of DATASETS.TRAIN, and checks those of DATASETS.TEST, after `check_datasets`.
 
     DATALOADER.FILTER_EMPTY_ANNOTATIONS True leaves images without annotations, or with crowds only, out of the training
     records.
@@ -72,13 +73,12 @@ def load_checked_dicts(cfg: CfgNode) -> list[Record]:
         The records of all training datasets, one after another.
 
     Raises:
-        ValueError: DATASETS.TRAIN is empty or names an unknown dataset; a JSON is broken, not in COCO format, or its
+        ValueError: a JSON is broken, not in COCO format, or its
             categories are not as many as the model's or not those of the other datasets; no image is left to train on;
             masks are missing, or not in the format that INPUT.MASK_FORMAT needs.
         FileNotFoundError: a JSON, an image folder or an image does not exist.
         OSError: a file is no image or damaged (see `check_images`), or the embedded dataset cannot be written.
     """
-    check_datasets(cfg, training=True)
     names = cfg.DATASETS.TRAIN
     records: list[Record] = []
     for name in names:
@@ -101,7 +101,7 @@ def load_checked_dicts(cfg: CfgNode) -> list[Record]:
 
 
 def load_checked_test_dicts(cfg: CfgNode, all_images: bool = True) -> list[Record]:
-    """Loads and checks the datasets of DATASETS.TEST, for a run that trains nothing.
+    """Loads and checks the datasets of DATASETS.TEST, after `check_datasets`.
 
     Args:
         cfg: config whose KARAT_DATA datasets are registered already.
@@ -113,7 +113,6 @@ def load_checked_test_dicts(cfg: CfgNode, all_images: bool = True) -> list[Recor
     Raises:
         ValueError, FileNotFoundError, OSError: as `load_checked_dicts`.
     """
-    check_datasets(cfg, training=False)
     records: list[Record] = []
     for name in cfg.DATASETS.TEST:
         loaded = _load(cfg, "DATASETS.TEST", name, all_images)

@@ -8,17 +8,16 @@ from detectron2.data import DatasetCatalog
 from ..checkpoint.inspection import not_a_file
 from .coco_datasets import register_coco
 from .formats.coco import read_categories
-from .formats.coco_ids import Id
 
-# What this module registered: name -> (JSON file, image folder, class ids and names).
-_registered: dict[str, tuple[str, str, tuple[list[Id], list[str]]]] = {}
+# What this module registered: name -> (JSON file, image folder, the file's time in nanoseconds and its size).
+_registered: dict[str, tuple[str, str, int, int]] = {}
 
 
 def register_from_config(cfg: CfgNode) -> None:
     """Registers dataset NAMES[i] with the annotations JSONS[i] and the images below IMAGE_DIRS[i] of KARAT_DATA.
 
     The class names are those of the JSON's `categories`, in the order of their ids. A name that an earlier call
-    registered is registered anew if its files or classes are different now.
+    registered is registered anew, and its JSON read, if its files are others or have changed.
 
     Args:
         cfg: config with the keys of `add_karat_config`. Paths are relative to the current folder.
@@ -48,9 +47,12 @@ def register_from_config(cfg: CfgNode) -> None:
             raise FileNotFoundError(_missing(f"KARAT_DATA.JSONS[{index}]", name, json_file, "file"))
         if not os.path.isdir(image_dir):
             raise FileNotFoundError(_missing(f"KARAT_DATA.IMAGE_DIRS[{index}]", name, image_dir, "folder"))
-        entry = (json_file, image_dir, read_categories(json_file, f"KARAT_DATA.JSONS[{index}], {json_file},"))
+        status = os.stat(json_file)
+        entry = (json_file, image_dir, status.st_mtime_ns, status.st_size)
         if _registered.get(name) != entry:
-            register_coco(name, *entry)
+            register_coco(
+                name, json_file, image_dir, read_categories(json_file, f"KARAT_DATA.JSONS[{index}], {json_file},")
+            )
             _registered[name] = entry
 
 

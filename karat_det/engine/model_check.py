@@ -22,7 +22,6 @@ from detectron2.modeling import (
     build_model,
 )
 from detectron2.modeling.proposal_generator import RPN_HEAD_REGISTRY
-from detectron2.utils import comm
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -63,12 +62,13 @@ class _OnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def check_model(cfg: CfgNode, training: bool) -> None:
+def check_model(cfg: CfgNode, training: bool, num_processes: int = 1) -> None:
     """Builds a detector without memory.
 
     Args:
         cfg: a config of `load_cfg`.
         training: whether it is to be trained, else only evaluated.
+        num_processes: how many processes share the images of a step.
 
     Raises:
         ValueError: its parts do not fit each other, or it, or the images of a step, need more memory than there is.
@@ -93,7 +93,7 @@ def check_model(cfg: CfgNode, training: bool) -> None:
         raise ValueError(_CANNOT + _with_likely_keys(cfg, error)) from error
     check_room(cfg, model, training)
     height, width = image_size(cfg)
-    num_images = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size() if training else 1
+    num_images = cfg.SOLVER.IMS_PER_BATCH // num_processes if training else 1
     needed, room, place = num_images * height * width * len(cfg.MODEL.PIXEL_MEAN) * 4, *_memory(cfg)
     if needed > room:
         raise ValueError(

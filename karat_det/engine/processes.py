@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class _EndOfChild(Exception):
     """What ends a process that `launch` has started, for the process that prints it, once for all of them."""
 
 
-def run_distributed(main: Callable[..., Any], args: Any) -> None:
+def run_distributed(main: Callable[..., Any], args: Any, check: Callable[..., None] | None = None) -> None:
     """Calls `main(args)` in as many processes as the command line or torchrun asks for.
 
     Under torchrun the processes are there already and join by nccl, or by gloo without a GPU. Else Detectron2's
@@ -51,6 +51,8 @@ def run_distributed(main: Callable[..., Any], args: Any) -> None:
     Args:
         main: the work of one process.
         args: the arguments of Detectron2's `default_argument_parser`.
+        check: what shows mistakes before any work, by `check(args, num_processes)`. It is called once, before
+            `launch` starts processes, or in the main one of torchrun's.
 
     Raises:
         SystemExit: the run ended early.
@@ -58,7 +60,7 @@ def run_distributed(main: Callable[..., Any], args: Any) -> None:
     signals.install()
     try:
         with _told_in_one_line():
-            _run(main, args)
+            _run(main, args, check or (lambda args, num_processes: None))
     except (ProcessExitedException, ProcessRaisedException) as error:  # of `launch`
         if signals.requested():
             raise SystemExit(128 + signals.requested()) from None
@@ -71,7 +73,7 @@ def run_distributed(main: Callable[..., Any], args: Any) -> None:
         raise
 
 
-def _run(main: Callable[..., Any], args: Any) -> None:
+def _run(main: Callable[..., Any], args: Any, check: Callable[..., None]) -> None:
     use_gpus = torch.cuda.is_available() and args.num_gpus > 0
     if "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ:
         local_rank = int(os.environ["LOCAL_RANK"])
@@ -86,6 +88,7 @@ def _run(main: Callable[..., Any], args: Any) -> None:
         comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
         try:
             with _told_in_one_line():
+                _in_main_process(partial(check, args, comm.get_world_size()))
                 main(args)
         finally:
             distributed.destroy_process_group()
@@ -93,15 +96,30 @@ def _run(main: Callable[..., Any], args: Any) -> None:
     if not use_gpus:
         if args.num_machines > 1:
             raise ValueError(f"--num-machines is {args.num_machines}: several machines without GPUs need torchrun.")
+        check(args, 1)
         main(args)
         return
     if args.num_gpus > torch.cuda.device_count():
         raise ValueError(f"--num-gpus is {args.num_gpus}, but this machine has {torch.cuda.device_count()}.")
+    check(args, args.num_gpus * args.num_machines)
     if args.num_gpus * args.num_machines == 1:
         main(args)
         return
     with signals.passed_on():
         launch(_in_child, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(main, args))
+
+
+def _in_main_process(check: Callable[[], None]) -> None:
+    """Calls a check in the main process of a run. Its error is raised in all of them, which must call this together."""
+    failure = None
+    if comm.is_main_process():
+        try:
+            check()
+        except Exception as error:
+            failure = error
+    failure = comm.all_gather(failure)[0]
+    if failure is not None:
+        raise failure
 
 
 def _in_child(main: Callable[..., Any], args: Any) -> None:

@@ -110,17 +110,18 @@ def merge(cfg: CfgNode, config_file: str, opts: list[str]) -> None:
     _expand_home(cfg)
 
 
-def check_model_and_datasets(cfg: CfgNode, training: bool) -> None:
+def check_model_and_datasets(cfg: CfgNode, training: bool, num_processes: int = 1) -> None:
     """Checks, in seconds and before there is a log, what building the model and looking for the datasets shows.
 
     Args:
         cfg: a config of `load_cfg`.
         training: whether the run trains; else it evaluates alone.
+        num_processes: how many processes share the images of a step.
 
     Raises:
         ValueError, FileNotFoundError: sizes of the model do not fit each other, or see `check_datasets`.
     """
-    check_model(cfg, training)
+    check_model(cfg, training, num_processes)
     check_datasets(cfg, training)  # Last: a model's mistakes should not wait until a dataset is there.
 
 

@@ -14,7 +14,7 @@ from detectron2.data.datasets import register_coco_instances
 from PIL import ExifTags, Image
 
 from karat_det.data import coco_datasets
-from karat_det.data.dataset_check import load_checked_dicts, load_checked_test_dicts
+from karat_det.data.dataset_check import check_datasets, load_checked_dicts, load_checked_test_dicts
 from karat_det.data.registration import register_from_config
 
 pytestmark = pytest.mark.usefixtures("catalogs")
@@ -22,6 +22,7 @@ pytestmark = pytest.mark.usefixtures("catalogs")
 
 def load(cfg):
     register_from_config(cfg)
+    check_datasets(cfg, training=True)
     return load_checked_dicts(cfg)
 
 

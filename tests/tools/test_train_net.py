@@ -1,5 +1,6 @@
 """tools/train_net.py as a user runs it: as processes, on a small model and real files."""
 
+import ast
 import json
 import os
 import runpy
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,7 +18,9 @@ from detectron2.engine import default_argument_parser
 from PIL import Image
 
 from karat_det.data.digits import generate_digits
+from karat_det.engine import signals
 from karat_det.engine.output_dir import claim, claims
+from karat_det.engine.processes import run_distributed
 
 ROOT = Path(__file__).parents[2]
 TRAIN_NET = str(ROOT / "tools" / "train_net.py")
@@ -98,6 +102,44 @@ def test_a_run_trains_evaluates_and_saves_without_a_warning(trained, out):
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert (out / "inference" / "digits_val" / "coco_instances_results.json").is_file()
     assert {"bbox/AP", "segm/AP", "segm/AP-9", "total_loss", "grad_norm", "lr"} <= set(metrics(out))
+
+
+COUNTING = """
+import collections, os, runpy, sys
+import karat_det.quiet
+from karat_det.data import dataset_check, registration
+from karat_det.engine import model_check, setup
+calls = collections.Counter()
+
+def count(module, name):
+    function = getattr(module, name)
+    def counted(*args, **kwargs):
+        calls[name] += 1
+        return function(*args, **kwargs)
+    setattr(module, name, counted)
+
+for module, name in ((setup, "check_model"), (setup, "check_datasets"), (registration, "read_categories")):
+    count(module, name)
+for name in ("load_coco", "check_images"):
+    count(dataset_check, name)
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+print("calls:", dict(calls))
+"""
+
+
+def test_a_run_checks_its_model_and_datasets_once(train, datasets, tmp_path):
+    digits = datasets / "digits"
+    jsons = [str(digits / "annotations" / f"instances_{split}.json") for split in ("train", "val")]
+    images = [str(digits / split) for split in ("train", "val")]
+    own = ["KARAT_DATA.NAMES", "['a', 'b']", "KARAT_DATA.JSONS", str(jsons), "KARAT_DATA.IMAGE_DIRS", str(images)]
+    own += ["DATASETS.TRAIN", "('a',)", "DATASETS.TEST", "('b',)", "SOLVER.MAX_ITER", "1"]
+    done = train("--num-gpus", "0", overrides=[*SMALL_MODEL, *own], launcher=("-c", COUNTING))
+    (counted,) = (line for line in done.stdout.splitlines() if line.startswith("calls: "))
+    # Of two datasets.
+    once = {"read_categories": 2, "check_model": 1, "check_datasets": 1, "load_coco": 2, "check_images": 2}
+    assert ast.literal_eval(counted.removeprefix("calls: ")) == once
 
 
 def test_a_finished_run_is_not_overwritten_without_a_word(train, out):
@@ -256,10 +298,10 @@ def no_image(own):
 
 def error_of(*arguments):
     """What train_net.py says as it stops, called in this process."""
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(TRAIN_NET)["main"](
-            default_argument_parser().parse_args(["--config-file", QUICKSTART, *arguments])
-        )
+    command = runpy.run_path(TRAIN_NET)
+    args = default_argument_parser().parse_args(["--config-file", QUICKSTART, *arguments])
+    with mock.patch.object(signals, "install"), pytest.raises(SystemExit) as stop:
+        run_distributed(command["main"], args, command["check"])
     return stop.value.code
 
 
