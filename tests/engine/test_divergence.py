@@ -1,11 +1,6 @@
 """What becomes of a run whose loss, gradient or update is not what training needs."""
 
-import ast
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import TrainerBase, create_ddp_model
 from detectron2.engine.hooks import HookBase
 from detectron2.utils import comm
+from forked import in_processes
 
 from karat_det.checkpoint.loading import SafeCheckpointer
 from karat_det.engine.hooks import Checkpoints
@@ -191,24 +187,16 @@ def test_nothing_that_a_hook_has_spoilt_is_saved(tmp_path):
 
 
 def run_in_parallel():
-    """A process of torchrun: runs in which process 1 alone sees what is not finite, and a line on each."""
-    torch.distributed.init_process_group("gloo")
-    comm.create_local_process_group(2)
+    """Where runs end in which process 1 alone sees what is not finite, in one of two processes."""
+    ends = []
     for bad in NOT_FINITE:
         run = Run([-1.0, bad if comm.get_rank() else -1.0, -1.0, -1.0])
         run.step.model = create_ddp_model(run.model, broadcast_buffers=False, device_ids=None)
         run.run()
-        print(f"came to: ({run.weight}, {run.counts})\n", end="", flush=True)
+        ends.append((run.weight, run.counts))
+    return ends
 
 
-def test_processes_skip_alike_where_one_alone_sees_what_is_not_finite():
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, *launcher, __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    ends = [ast.literal_eval(line[9:]) for line in done.stdout.splitlines() if line.startswith("came to: ")]
-    assert ends == [(3.0, [0, 1, 1, 1])] * 2 * len(NOT_FINITE), done.stdout + done.stderr
-
-
-if __name__ == "__main__":
-    run_in_parallel()
+def test_processes_skip_alike_where_one_alone_sees_what_is_not_finite(tmp_path):
+    ends = [(3.0, [0, 1, 1, 1])] * len(NOT_FINITE)
+    assert in_processes(tmp_path, 2, run_in_parallel) == [ends] * 2

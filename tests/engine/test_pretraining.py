@@ -3,6 +3,7 @@ import itertools
 import json
 import math
 import shutil
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -72,8 +73,19 @@ def make_cfg(tree, tmp_path):
 
 
 def train(cfg, **arguments):
-    (trainer := Pretrainer(cfg, **arguments)).train()
+    trainer = Pretrainer(cfg, **arguments)
+    with workers_ended(trainer):
+        trainer.train()
     return trainer
+
+
+@contextmanager
+def workers_ended(trainer):
+    """Ends the workers that read ahead: those of a trainer that is garbage in a cycle take ten seconds to end."""
+    try:
+        yield
+    finally:
+        trainer.step._data_loader_iter_obj = None
 
 
 def saved(cfg, name="model_last"):
@@ -104,7 +116,7 @@ def train_until(cfg, step, save=True, **arguments):
             raise KeyboardInterrupt
 
     trainer.after_step = stop
-    with pytest.raises(KeyboardInterrupt):
+    with workers_ended(trainer), pytest.raises(KeyboardInterrupt):
         trainer.train()
 
 
