@@ -241,3 +241,18 @@ def _check_lists_that_belong_together(cfg: CfgNode) -> None:
                 f"TEST.EXPECTED_RESULTS is {shown(cfg.TEST.EXPECTED_RESULTS)}. Each item must be [task, metric, value, "
                 "tolerance], such as ['bbox', 'AP', 38.5, 0.2]."
             )
+
+
+def check_classes(what: str, theirs: list[str], ours: list[str]) -> None:
+    """Raises ValueError where the classes are others, or in another order: a label would mean another class."""
+    if len(theirs) != len(ours):
+        raise ValueError(
+            f"{what} was trained on {len(theirs)} classes, and the data has {len(ours)}. Name the data that it was "
+            "trained on (--data, DATA.NAME)."
+        )
+    different = [(label, *names) for label, names in enumerate(zip(theirs, ours, strict=True)) if len(set(names)) > 1]
+    if different:
+        raise ValueError(
+            "{} was trained on other classes: number {} is {!r} there and {!r} in the data. Name the data that it was "
+            "trained on (--data, DATA.NAME).".format(what, *different[0])
+        )

@@ -5,56 +5,37 @@ follows from SEED and the count of images, see order.py, so a run that resumes a
 interrupted.
 """
 
-import datetime
 import logging
-import math
 import os
-import time
-from functools import partial
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import TrainerBase, create_ddp_model
-from detectron2.engine.hooks import HookBase, IterationTimer
-from detectron2.solver.build import maybe_add_gradient_clipping
+from detectron2.engine.hooks import IterationTimer
 from detectron2.utils import comm
-from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter, get_event_storage
-from PIL import Image
-from timm.data import FastCollateMixup, create_loader, create_transform
-from timm.data.auto_augment import RandAugment, posterize
-from timm.data.loader import PrefetchLoader, fast_collate
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2, param_groups_weight_decay
-from timm.scheduler import create_scheduler_v2
+from detectron2.utils.events import JSONWriter, TensorboardXWriter
 from timm.utils import AverageMeter, ModelEmaV3, accuracy, random_seed
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import nn
 
 from ..backbones.classifiers import build_classifier
 from ..checkpoint.loading import SafeCheckpointer, check_weights_file, load_weights
 from ..checkpoint.run_folder import clear_partial, end_metrics
 from ..config import pretrain_config
-from ..data.classification import NO_LABEL, LabelledImages, build_datasets
+from ..data.classification import NO_LABEL, build_datasets
 from . import signals
-from .checks import check_pretrain_config, mixes_labels
+from .checks import check_classes, check_pretrain_config
 from .full_disk import Writers, full_disk_named
-from .hooks import LAST, Interval, evaluate_safely, save_after_failure
+from .hooks import LAST, save_after_failure
 from .model_check import check_room
-from .optimizer import FULL_MODEL, NO_WEIGHT_DECAY
-from .order import CountedLoader, EpochBatches, ImageOrder, SeededImages
-from .processes import agree
+from .order import ImageOrder
+from .pretraining_builders import WithLoss, build_optimizer, build_scheduler, build_train_loader, build_val_loader
+from .pretraining_hooks import BEST, METRIC, AfterEpoch, AfterStep, BetweenEpochs, ProgressLine
 from .resumption import Resumption
 from .setup import merge
 from .trainer import Step, autocast_arguments, checked_iteration, foreign_state_refused
 
 logger = logging.getLogger(__name__)
-
-# Images a step for which SOLVER.BASE_LR stands.
-_BASE_BATCH = 512
-BEST = "model_best"
-# The measure that decides which checkpoint is the best one.
-METRIC = "top-1"
 
 
 def load_pretrain_cfg(config_file: str, opts: list[str], data: str = "") -> CfgNode:
@@ -132,10 +113,10 @@ class Pretrainer(TrainerBase):
             self.model, cfg.OUTPUT_DIR, save_to_disk=comm.is_main_process(), trainer=self, **averaged
         )
         self.step.checkpointer = self.checkpointer
-        self.after_epoch = after_epoch = _AfterEpoch()
-        stopping = _BetweenEpochs(after_epoch, cfg.SOLVER.CHECKPOINT_MINUTES)
-        self.resumption = Resumption(f"{cfg.OUTPUT_DIR}/metrics.json", METRIC, (_AfterEpoch,))
-        self.register_hooks([IterationTimer(), _AfterStep(), stopping, after_epoch, self.resumption])
+        self.after_epoch = after_epoch = AfterEpoch()
+        stopping = BetweenEpochs(after_epoch, cfg.SOLVER.CHECKPOINT_MINUTES)
+        self.resumption = Resumption(f"{cfg.OUTPUT_DIR}/metrics.json", METRIC, (AfterEpoch,))
+        self.register_hooks([IterationTimer(), AfterStep(), stopping, after_epoch, self.resumption])
         if resumes:
             self._resume()
         elif resume:
@@ -209,7 +190,7 @@ class Pretrainer(TrainerBase):
         saved = self.checkpointer.resume_or_load("", resume=True)
         with foreign_state_refused(f"The checkpoint in OUTPUT_DIR, {self.cfg.OUTPUT_DIR},"):
             averages = bool(saved["averages"])
-            _check_classes(f"The run in OUTPUT_DIR, {self.cfg.OUTPUT_DIR},", saved["classes"], self.classes)
+            check_classes(f"The run in OUTPUT_DIR, {self.cfg.OUTPUT_DIR},", saved["classes"], self.classes)
         epoch, place = divmod(self.order.place, len(self.order))
         left = (len(self.order) - place) // self.cfg.SOLVER.IMS_PER_BATCH
         # The step after the last, unless SOLVER.IMS_PER_BATCH is another one: then an epoch has not as many.
@@ -247,133 +228,10 @@ def evaluate_file(cfg: CfgNode, path: str = "") -> dict[str, float]:
     _, val = build_datasets(cfg, comm.get_rank(), comm.get_world_size())
     model = build_classifier(cfg, len(val.split.classes)).to(cfg.MODEL.DEVICE)
     beside_weights = load_weights(model, path, strict=cfg.MODEL.WEIGHTS_STRICT)
-    _check_classes(path, beside_weights.get("classes", val.split.classes), val.split.classes)
+    check_classes(path, beside_weights.get("classes", val.split.classes), val.split.classes)
     figures = evaluate(model, build_val_loader(cfg, model, val), autocast_arguments(cfg))
     logger.info("%s: top-1 %.2f  top-5 %.2f  validation loss %.4f", path, *figures.values())
     return figures
-
-
-class WithLoss(nn.Module):
-    """A classifier that takes what timm's loader gives, and returns a dict with its loss, as Detectron2's models do."""
-
-    def __init__(self, model: nn.Module, cfg: CfgNode):
-        super().__init__()
-        self.model = model
-        smoothing = cfg.AUG.LABEL_SMOOTHING
-        # Mixed labels are smooth already.
-        self.criterion = SoftTargetCrossEntropy() if mixes_labels(cfg) else LabelSmoothingCrossEntropy(smoothing)
-
-    def forward(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        images, targets = batch
-        return {"loss": self.criterion(self.model(images), targets)}
-
-
-def build_train_loader(cfg: CfgNode, model: nn.Module, images: LabelledImages, order: ImageOrder) -> CountedLoader:
-    """Builds a loader of augmented and mixed batches by timm's parts, this process's share of each.
-
-    Args:
-        cfg: a config with the keys of `pretrain_config`.
-        model: of timm; it knows the size of its images.
-        images: all those to train on; they get timm's transform.
-        order: their order.
-    """
-    mixup = FastCollateMixup(
-        mixup_alpha=cfg.AUG.MIXUP,
-        cutmix_alpha=cfg.AUG.CUTMIX,
-        prob=cfg.AUG.MIX_PROB,
-        switch_prob=cfg.AUG.CUTMIX_PROB,
-        label_smoothing=cfg.AUG.LABEL_SMOOTHING,
-        num_classes=len(images.split.classes),
-    )
-    images.transform = create_transform(
-        (3, *model.patch_embed.img_size),
-        is_training=True,
-        use_prefetcher=True,
-        scale=tuple(cfg.AUG.SCALE),
-        ratio=tuple(cfg.AUG.RATIO),
-        hflip=cfg.AUG.FLIP,
-        color_jitter=cfg.AUG.COLOR_JITTER,
-        auto_augment=cfg.AUG.RAND_AUGMENT or None,
-        interpolation="random",
-        mean=tuple(cfg.DATA.MEAN),
-        std=tuple(cfg.DATA.STD),
-    )
-    for transform in images.transform.transforms:
-        if isinstance(transform, RandAugment):
-            for operation in transform.ops:
-                if operation.name.startswith("Posterize"):
-                    operation.aug_fn = _posterize
-    batches = DataLoader(
-        SeededImages(images, order),
-        batch_sampler=EpochBatches(order, cfg.SOLVER.IMS_PER_BATCH),
-        collate_fn=mixup if mixes_labels(cfg) else fast_collate,
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
-        pin_memory=cfg.MODEL.DEVICE != "cpu",
-    )
-    device = torch.device(cfg.MODEL.DEVICE)
-    normalized = PrefetchLoader(batches, mean=tuple(cfg.DATA.MEAN), std=tuple(cfg.DATA.STD), device=device)
-    return CountedLoader(signals.leave_to_parent(normalized), order, cfg.SOLVER.IMS_PER_BATCH, whole_epochs=True)
-
-
-def build_val_loader(cfg: CfgNode, model: nn.Module, images: LabelledImages):
-    """Builds timm's loader of centre crops. Arguments as for `build_train_loader`, but for this process's images."""
-    loader = create_loader(
-        images,
-        batch_size=cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
-        crop_pct=cfg.TEST.CROP_RATIO,
-        interpolation="bicubic",
-        input_size=(3, *model.patch_embed.img_size),
-        mean=tuple(cfg.DATA.MEAN),
-        std=tuple(cfg.DATA.STD),
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
-        persistent_workers=False,
-        pin_memory=cfg.MODEL.DEVICE != "cpu",
-        device=torch.device(cfg.MODEL.DEVICE),
-    )
-    return signals.leave_to_parent(loader)
-
-
-def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """Builds timm's AdamW at the rate that SOLVER.BASE_LR and IMS_PER_BATCH make.
-
-    Norms, biases, what timm's model names, positions and the operators' coefficients have no weight decay.
-
-    Args:
-        cfg: a config with the keys of `pretrain_config`.
-        model: of timm.
-    """
-    spared = {name for name, _ in model.named_parameters() if name.rpartition(".")[2] in NO_WEIGHT_DECAY}
-    optimizer = create_optimizer_v2(
-        model,
-        opt="adamw",
-        lr=cfg.SOLVER.BASE_LR * cfg.SOLVER.IMS_PER_BATCH / _BASE_BATCH,
-        weight_decay=cfg.SOLVER.WEIGHT_DECAY,
-        betas=tuple(cfg.SOLVER.BETAS),
-        eps=cfg.SOLVER.EPS,
-        param_group_fn=partial(
-            param_groups_weight_decay,
-            weight_decay=cfg.SOLVER.WEIGHT_DECAY,
-            no_weight_decay_list=spared | set(model.no_weight_decay()),
-        ),
-    )
-    if cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE != FULL_MODEL:
-        maybe_add_gradient_clipping(cfg, optimizer)
-    return optimizer
-
-
-def build_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer, epoch_length: int):
-    """Builds timm's cosine schedule with warm-up, by steps."""
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched="cosine",
-        num_epochs=cfg.SOLVER.EPOCHS,
-        warmup_epochs=cfg.SOLVER.WARMUP_EPOCHS,
-        warmup_lr=cfg.SOLVER.WARMUP_LR,
-        min_lr=cfg.SOLVER.MIN_LR,
-        step_on_epochs=False,
-        updates_per_epoch=epoch_length,
-    )
-    return scheduler
 
 
 @torch.no_grad()
@@ -403,116 +261,3 @@ def evaluate(model: nn.Module, loader, autocast: dict[str, Any]) -> dict[str, fl
     gathered = comm.all_gather({name: (meter.sum, meter.count) for name, meter in meters.items()})
     count = sum(each[METRIC][1] for each in gathered)
     return {name: sum(each[name][0] for each in gathered) / count for name in meters}
-
-
-class ProgressLine(EventWriter):
-    """Writes a line of how the run goes to the log."""
-
-    def __init__(self, trainer: Pretrainer):
-        self.trainer = trainer
-
-    def write(self) -> None:
-        storage, trainer = get_event_storage(), self.trainer
-        if storage.iter >= trainer.max_iter or not {"time", "total_loss"} <= storage.histories().keys():
-            return
-        seconds = storage.history("time").median(20)
-        left = datetime.timedelta(seconds=int(seconds * (trainer.max_iter - storage.iter - 1)))
-        logger.info(
-            "epoch %d/%d  step %d/%d  loss %.4f  grad norm %.2f  lr %.2e  %.1f images/s  eta %s",
-            *(storage.iter // trainer.epoch_length + 1, trainer.cfg.SOLVER.EPOCHS),
-            *(storage.iter % trainer.epoch_length + 1, trainer.epoch_length),
-            *(storage.history("total_loss").median(20), storage.history("grad_norm").median(20)),
-            *(storage.history("lr").latest(), storage.history("images/s").latest(), left),
-        )
-
-
-class _AfterStep(HookBase):
-    """Averages the weights, moves the learning rate on, and measures the throughput."""
-
-    def after_step(self) -> None:
-        trainer, storage = self.trainer, self.trainer.storage
-        if trainer.ema and trainer.step.updated:
-            trainer.ema.update(trainer.model, step=trainer.iter + 1)
-        storage.put_scalar(
-            "lr", max(group["lr"] for group in trainer.step.optimizer.param_groups), smoothing_hint=False
-        )
-        trainer.scheduler.step_update(trainer.iter + 1)
-        if "time" in storage.histories():
-            rate = trainer.cfg.SOLVER.IMS_PER_BATCH / storage.history("time").median(20)
-            storage.put_scalar("images/s", rate, smoothing_hint=False)
-
-
-class _BetweenEpochs(HookBase):
-    """Saves the run by time, see Interval, and at a signal, which ends it."""
-
-    def __init__(self, after_epoch: "_AfterEpoch", minutes: float):
-        self.after_epoch = after_epoch
-        self.interval = Interval(minutes)
-
-    def before_train(self) -> None:
-        self.interval.begin(0.0)
-
-    def after_step(self) -> None:
-        is_due, signal = agree(self.interval.is_over(), signals.requested())
-        if is_due or signal:
-            start = time.monotonic()
-            self.trainer.save(LAST, self.after_epoch.figures)
-            self.interval.begin(time.monotonic() - start)
-        if signal:
-            signals.stop(int(signal), f"{self.trainer.cfg.OUTPUT_DIR}/{LAST}.pth after step {self.trainer.iter + 1}")
-
-
-class _AfterEpoch(HookBase):
-    """Evaluates, and saves the run: always as the last checkpoint, and as the best one if it is that."""
-
-    def __init__(self):
-        self.best = -math.inf
-        self.figures: dict[str, float] = {}
-
-    def after_step(self) -> None:
-        trainer = self.trainer
-        epoch, rest = divmod(trainer.iter + 1, trainer.epoch_length)
-        if rest:
-            return
-        if epoch % trainer.cfg.TEST.EVAL_PERIOD == 0 or epoch == trainer.cfg.SOLVER.EPOCHS:
-            trainer.save(LAST, self.figures)
-            self.figures = evaluate_safely(trainer.evaluate, trainer.iter, trainer.checkpointer)
-            trainer.storage.put_scalars(smoothing_hint=False, **self.figures)
-            logger.info(
-                "epoch %d/%d  top-1 %.2f  top-5 %.2f  validation loss %.4f%s",
-                *(epoch, trainer.cfg.SOLVER.EPOCHS, *self.figures.values()),
-                " (of the averaged weights)" if trainer.ema else "",
-            )
-            if self.figures[METRIC] > self.best:
-                self.best = self.figures[METRIC]
-                trainer.save(BEST, self.figures)
-        for images in trainer.images:
-            images.merge_broken(comm.all_gather(images.broken))
-        trainer.save(LAST, self.figures)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "figures": self.figures}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best = float(state["best"])
-        self.figures = {str(name): float(value) for name, value in state["figures"].items()}
-
-
-def _posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
-    """timm's, but one bit of a colour is kept at least: at full strength timm keeps none, which Pillow refuses."""
-    return posterize(image, max(1, bits_to_keep))
-
-
-def _check_classes(what: str, theirs: list[str], ours: list[str]) -> None:
-    """Raises ValueError where the classes are others, or in another order: a label would mean another class."""
-    if len(theirs) != len(ours):
-        raise ValueError(
-            f"{what} was trained on {len(theirs)} classes, and the data has {len(ours)}. Name the data that it was "
-            "trained on (--data, DATA.NAME)."
-        )
-    different = [(label, *names) for label, names in enumerate(zip(theirs, ours, strict=True)) if len(set(names)) > 1]
-    if different:
-        raise ValueError(
-            "{} was trained on other classes: number {} is {!r} there and {!r} in the data. Name the data that it was "
-            "trained on (--data, DATA.NAME).".format(what, *different[0])
-        )

@@ -11,7 +11,8 @@ from detectron2.utils.events import EventStorage
 from forked import in_processes
 
 from karat_det.backbones.classifiers import build_classifier
-from karat_det.engine.pretraining import WithLoss, load_pretrain_cfg
+from karat_det.engine.pretraining import load_pretrain_cfg
+from karat_det.engine.pretraining_builders import WithLoss
 from karat_det.engine.setup import load_cfg
 
 # Every anchor and proposal counts, so that none is drawn, and each image has as many.

@@ -20,15 +20,8 @@ from karat_det.checkpoint.loading import load_weights
 from karat_det.checkpoint.resampling import TokenGrid, resample_operator
 from karat_det.engine.hooks import Interval
 from karat_det.engine.order import SeededImages
-from karat_det.engine.pretraining import (
-    Pretrainer,
-    WithLoss,
-    build_optimizer,
-    build_scheduler,
-    evaluate,
-    evaluate_file,
-    load_pretrain_cfg,
-)
+from karat_det.engine.pretraining import Pretrainer, evaluate, evaluate_file, load_pretrain_cfg
+from karat_det.engine.pretraining_builders import WithLoss, build_optimizer, build_scheduler
 from karat_det.engine.setup import load_cfg
 
 SMALL = {
