@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from tabulate import tabulate
 
-from ..checkpoint.run_folder import read_metrics
+from ..checkpoint.run_folder import read_metrics, write_whole
 from ..engine.setup import check_model_and_datasets, load_cfg
 from ..engine.signals import LAUNCHED
 from ..yaml_file import read_yaml
@@ -296,9 +296,7 @@ def _train(study: Study, settings: Settings, folder: Path, job: int, weights: Pa
         figures = dict.fromkeys(_METRICS, float("nan"))
     else:
         raise RuntimeError(f"{folder}: training ended with status {status}; see console.txt there.")
-    partial = result.with_suffix(".partial")
-    partial.write_text(json.dumps(figures) + "\n", encoding="utf-8")
-    partial.replace(result)
+    write_whole(result, lambda partial: Path(partial).write_text(json.dumps(figures) + "\n", encoding="utf-8"))
     # Only now: without a result the run would want its last checkpoint.
     for checkpoint in folder.glob("model_*.pth"):
         if checkpoint.name != "model_final.pth":
@@ -324,9 +322,7 @@ def _backbone_alone(folder: Path) -> Path:
         # As ViTDet and Swin's detector call it.
         names = ("backbone.net.", "backbone.bottom_up.")
         backbone = {key: value for key, value in model.items() if key.startswith(names)}
-        partial = path.with_suffix(".partial")
-        torch.save({"model": backbone}, partial)
-        partial.replace(path)
+        write_whole(path, lambda partial: torch.save({"model": backbone}, partial))
     return path
 
 

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .inspection import UnfitFile, check_before_reading, check_sizes
+from .run_folder import write_whole
 
 # Where a state dict lies in a file. Averaged weights are what the classifiers of timm and DeiT are evaluated with, and
 # DINO's teacher.
@@ -173,29 +174,28 @@ def write_weights(
         raise ValueError(f"{path} must end in one of {', '.join(WRITTEN)}.")
     if not os.path.isdir(os.path.dirname(path) or "."):
         raise FileNotFoundError(f"{path}: there is no folder {os.path.dirname(path)}. Make it first.")
-    partial = f"{path}.partial"
+
+    def write_safetensors(partial: str) -> None:
+        # It refuses tensors that share memory.
+        tensors = {key: tensor.clone().contiguous() for key, tensor in state.items()}
+        grids = json.dumps({name: list(grid) for name, grid in token_grids.items()})
+        metadata = {"format": "pt", "token_grids": grids}
+        if operator_config:
+            metadata["operator_config"] = json.dumps(dict(operator_config))
+        # Made here, since safetensors makes files that their owner alone may read.
+        Path(partial).touch()
+        mode = os.stat(partial).st_mode
+        safetensors.torch.save_file(tensors, partial, metadata=metadata)
+        os.chmod(partial, mode)
+
+    def write_pth(partial: str) -> None:
+        known = {"operator_config": dict(operator_config)} if operator_config else {}
+        torch.save({"model": dict(state), "token_grids": dict(token_grids), **known}, partial)
+
     try:
-        if path.endswith(".safetensors"):
-            # It refuses tensors that share memory.
-            tensors = {key: tensor.clone().contiguous() for key, tensor in state.items()}
-            grids = json.dumps({name: list(grid) for name, grid in token_grids.items()})
-            metadata = {"format": "pt", "token_grids": grids}
-            if operator_config:
-                metadata["operator_config"] = json.dumps(dict(operator_config))
-            # Made here, since safetensors makes files that their owner alone may read.
-            Path(partial).touch()
-            mode = os.stat(partial).st_mode
-            safetensors.torch.save_file(tensors, partial, metadata=metadata)
-            os.chmod(partial, mode)
-        else:
-            known = {"operator_config": dict(operator_config)} if operator_config else {}
-            torch.save({"model": dict(state), "token_grids": dict(token_grids), **known}, partial)
-        os.replace(partial, path)
+        write_whole(path, write_safetensors if path.endswith(".safetensors") else write_pth)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
         raise OSError(f"Cannot write {path}: {error}. Is the disk full? A file of that name is as it was.") from error
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
 
 
 def _read_safetensors(path: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Collection, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 from urllib.parse import urlparse
 
@@ -175,48 +175,65 @@ class SafeCheckpointer(DetectionCheckpointer):
         return checkpoint
 
     def _load_model(self, checkpoint: dict[str, Any]):
-        in_file = dict(checkpoint["model"])
-        grids = checkpoint.pop("token_grids", {})
-        theirs = checkpoint.pop("operator_config", {})
-        ours = _operator_config(self.model)
-        different = _different_settings(theirs, ours)
-        has_operators = any(key.endswith("operator.coefficients") for key in in_file)
-        source, ignored, foreign, resampled, refused = "", {}, {}, {}, {}
-        if not self.resumes:
-            expected = self.model.state_dict().keys()
-            state, grids, source, ignored = convert_state(in_file, grids, expected)
-            # Only to start from: what was trained as universal is not evaluated as another model.
-            starts = not self.complete and (self.strict or not different)
-            if starts and (copies := copy_operator_to_blocks(state, grids, expected)):
-                source += f", its operator copied to {copies} blocks"
-            resampled, refused = resample_state(state, self.model, grids)
-            if not self.complete:
-                ignored |= _drop_foreign_head(state, self.model, checkpoint.get("classes"), self.classes)
-            if different and not self.strict:
-                own = tuple(f"{name}." for name in _operators(self.model))
-                foreign = _drop(state, [key for key in state if key.startswith(own)], "other functions, see below")
-                ignored |= foreign
-            checkpoint["model"] = state
+        file = self._convert(checkpoint)
         incompatible = super()._load_model(checkpoint)
+        outcome = self._outcome(incompatible)
+        self._report(file, outcome)
+        self._refuse_misfits(file, outcome)
+        # All is said above: the caller would only say it again.
+        return None
+
+    def _convert(self, checkpoint: dict[str, Any]) -> "_File":
+        """Gives the checkpoint's "model" the names and shapes of the model's, unless it is the run's own."""
+        file = _File(dict(checkpoint["model"]), checkpoint.pop("operator_config", {}), _operator_config(self.model))
+        grids = checkpoint.pop("token_grids", {})
+        if self.resumes:
+            return file
+        expected = self.model.state_dict().keys()
+        state, grids, file.source, file.ignored = convert_state(file.state, grids, expected)
+        # Only to start from: what was trained as universal is not evaluated as another model.
+        starts = not self.complete and (self.strict or not file.different)
+        if starts and (copies := copy_operator_to_blocks(state, grids, expected)):
+            file.source += f", its operator copied to {copies} blocks"
+        file.resampled, file.refused = resample_state(state, self.model, grids)
+        if not self.complete:
+            file.ignored |= _drop_foreign_head(state, self.model, checkpoint.get("classes"), self.classes)
+        if file.different and not self.strict:
+            own = tuple(f"{name}." for name in _operators(self.model))
+            file.foreign = _drop(state, [key for key in state if key.startswith(own)], "other functions, see below")
+            file.ignored |= file.foreign
+        checkpoint["model"] = state
+        return file
+
+    def _outcome(self, incompatible: Any) -> "_Outcome":
         misfits = {key for key, _, _ in incompatible.incorrect_shapes}
+        missing = set(incompatible.missing_keys)
         absent = [
             key for key in incompatible.missing_keys if key not in misfits and not key.endswith(_COMPUTED_BY_THE_MODEL)
         ]
-        loaded = [key for key in self.model.state_dict() if key not in misfits and key not in incompatible.missing_keys]
+        loaded = [key for key in self.model.state_dict() if key not in misfits and key not in missing]
+        return _Outcome(loaded, absent, incompatible.incorrect_shapes, incompatible.unexpected_keys)
+
+    def _report(self, file: "_File", outcome: "_Outcome") -> None:
+        """Says in the log what became of the tensors of the file and of the model."""
+        loaded, absent = outcome.loaded, outcome.absent
         count = len(self.model.state_dict())
         # Where all of both is loaded, a list of it says nothing.
-        partly = absent or ignored or misfits or incompatible.unexpected_keys
+        partly = absent or file.ignored or outcome.misfits or outcome.unexpected
         rows = f":\n{_by_module(loaded)}" if partly else ", which is all of the file and of the model"
-        logger.info("Loaded %d of the model's %d tensors from the file's %d%s", len(loaded), count, len(in_file), rows)
-        if resampled:
-            rows = "\n".join(f"  {key}: {change}" for key, change in resampled.items())
-            logger.info("Of these resampled to the model's tokens: %d tensors\n%s", len(resampled), rows)
+        logger.info(
+            "Loaded %d of the model's %d tensors from the file's %d%s", len(loaded), count, len(file.state), rows
+        )
+        if file.resampled:
+            rows = "\n".join(f"  {key}: {change}" for key, change in file.resampled.items())
+            logger.info("Of these resampled to the model's tokens: %d tensors\n%s", len(file.resampled), rows)
         if absent:
             logger.info(
                 "Not in the file, left at their initialisation: %d tensors\n%s", len(absent), _by_module(absent)
             )
         if starting := [name for name in _operators(self.model) if any(key.startswith(f"{name}.") for key in absent)]:
             inits = sorted({_operators(self.model)[name].config.init for name in starting})
+            has_operators = any(key.endswith("operator.coefficients") for key in file.state)
             logger.info(
                 "%s: %d KArAt operators start by MODEL.KARAT.INIT %s: %s",
                 "Weights of other operators" if has_operators else "Softmax weights",
@@ -224,49 +241,51 @@ class SafeCheckpointer(DetectionCheckpointer):
                 ", ".join(inits),
                 ", ".join(starting),
             )
-        if ignored:
+        if file.ignored:
             reasons = defaultdict(list)
-            for key, reason in ignored.items():
+            for key, reason in file.ignored.items():
                 reasons[reason].append(key)
             rows = "\n".join(f"  {reason}: {', '.join(keys)}" for reason, keys in reasons.items())
-            logger.info("Ignored: %d of the file's tensors\n%s", len(ignored), rows)
+            logger.info("Ignored: %d of the file's tensors\n%s", len(file.ignored), rows)
         counts = {
             "loaded": len(loaded),
-            "of these resampled": len(resampled),
+            "of these resampled": len(file.resampled),
             "left at initialisation": len(absent),
-            "ignored": len(ignored),
-            "not fitting": len(misfits) + len(incompatible.unexpected_keys),
+            "ignored": len(file.ignored),
+            "not fitting": len(outcome.misfits) + len(outcome.unexpected),
         }
-        logger.info("Weights of %s:\n%s", source or "a model with these names", tabulate(counts.items()))
+        logger.info("Weights of %s:\n%s", file.source or "a model with these names", tabulate(counts.items()))
 
+    def _refuse_misfits(self, file: "_File", outcome: "_Outcome") -> None:
+        """Raises ValueError where the file does not fit the model. If not strict, says in the log what is left out."""
         complaints = []
-        if not loaded:
-            names = list(dict.fromkeys(key.partition(".")[0] for key in in_file))
+        if not outcome.loaded:
+            names = list(dict.fromkeys(key.partition(".")[0] for key in file.state))
             complaints.append(
                 f"No tensor of the file has a name and shape of the model's. Its names begin with "
-                f"{', '.join(names[:8])}." + ("" if source else f" Known layouts: {LAYOUTS}.")
+                f"{', '.join(names[:8])}." + ("" if file.source else f" Known layouts: {LAYOUTS}.")
             )
-        if self.complete and (lacking := [key for key in absent if key not in foreign]):
+        if self.complete and (lacking := [key for key in outcome.absent if key not in file.foreign]):
             complaints.append(f"The file lacks {len(lacking)} tensors of the model:\n{_by_module(lacking)}")
         unfit = []
-        if misfits:
+        if outcome.misfits:
             rows = "\n".join(
                 f"  {key}: {shape_in_file} in the file, {shape_in_model} in the model"
-                + (f"; {refused[key]}" if key in refused else "")
-                for key, shape_in_file, shape_in_model in incompatible.incorrect_shapes
+                + (f"; {file.refused[key]}" if key in file.refused else "")
+                for key, shape_in_file, shape_in_model in outcome.misfits
             )
-            unfit.append(f"{len(misfits)} tensors have another shape than the model's:\n{rows}")
-        if incompatible.unexpected_keys:
-            unexpected = incompatible.unexpected_keys
-            unfit.append(f"{len(unexpected)} tensors have no place in the model:\n{_by_module(unexpected)}")
-            sharing = theirs.get("sharing"), ours.get("sharing")
+            unfit.append(f"{len(outcome.misfits)} tensors have another shape than the model's:\n{rows}")
+        if outcome.unexpected:
+            rows = _by_module(outcome.unexpected)
+            unfit.append(f"{len(outcome.unexpected)} tensors have no place in the model:\n{rows}")
+            sharing = file.operator_config.get("sharing"), file.our_config.get("sharing")
             if all(sharing) and len(set(sharing)) > 1:
                 unfit.append("MODEL.KARAT.SHARING: {} in the file, {} in the model.".format(*sharing))
-        if different:
-            rows = "\n".join(f"  MODEL.KARAT.{row}" for row in different)
+        if file.different:
+            rows = "\n".join(f"  MODEL.KARAT.{row}" for row in file.different)
             unfit.append(f"The file's operators are other functions of the same tensors:\n{rows}")
         if self.strict:
-            if not self.complete and (lacking := _lacking_parts(self.model, loaded, absent)):
+            if not self.complete and (lacking := _lacking_parts(self.model, outcome.loaded, outcome.absent)):
                 unfit.append(lacking)
             complaints += unfit
         elif unfit:
@@ -275,12 +294,40 @@ class SafeCheckpointer(DetectionCheckpointer):
             remedy = (
                 "\nUse the config that the weights were made with, or set MODEL.WEIGHTS_STRICT False to load what fits "
                 "and leave out the rest."
-                if unfit and loaded and len(complaints) == len(unfit)
+                if unfit and outcome.loaded and len(complaints) == len(unfit)
                 else "\nUse the config that the weights were made with."
             )
             raise ValueError("The weights do not fit the model. " + "\n".join(complaints) + remedy)
-        # All is said above: the caller would only say it again.
-        return None
+
+
+@dataclass
+class _File:
+    """A file's tensors and operators' settings, and what was done to give the tensors a model's names and shapes."""
+
+    state: dict[str, Any]
+    operator_config: dict[str, Any]
+    our_config: dict[str, Any]
+    source: str = ""
+    # By key, the reason or the change.
+    ignored: dict[str, str] = field(default_factory=dict)
+    foreign: dict[str, str] = field(default_factory=dict)
+    resampled: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def different(self) -> list[str]:
+        """Settings of the operators that make other functions in the file than in the model."""
+        return _different_settings(self.operator_config, self.our_config)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """Keys of the model's tensors that are loaded and that the file lacks; what does not fit or has no place."""
+
+    loaded: list[str]
+    absent: list[str]
+    misfits: list[tuple[str, Any, Any]]
+    unexpected: list[str]
 
 
 def load_weights(
