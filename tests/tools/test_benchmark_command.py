@@ -1,4 +1,4 @@
-"""tools/benchmark.py as a user runs it: as a process, on a small model."""
+"""tools/benchmark.py as a user runs it, on a small model."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked_command import run_command
 
 ROOT = Path(__file__).parents[2]
 SMALL_MODEL = [
@@ -51,7 +52,7 @@ def test_a_detectors_step_and_inference_are_compared_with_softmax(tmp_path):
     ],
 )
 def test_a_mistake_is_named_without_a_stack_trace(tmp_path, arguments, complaint):
-    done = run("--output", str(tmp_path), *arguments)
+    done = run_command("benchmark", "--device", "cpu", "--output", tmp_path, *arguments, folder=ROOT)
     assert done.returncode != 0
     assert complaint in done.stderr
     assert "Traceback" not in done.stderr

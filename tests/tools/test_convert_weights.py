@@ -1,14 +1,13 @@
-"""tools/convert_weights.py as a process."""
+"""tools/convert_weights.py as a user runs it."""
 
 import json
 import resource
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from forked_command import run_command
 from timm.models.vision_transformer import VisionTransformer
 
 from karat_det.checkpoint.files import read_weights
@@ -18,8 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def convert(*arguments, **options):
-    command = [sys.executable, str(ROOT / "tools" / "convert_weights.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, **options)
+    return run_command("convert_weights", *arguments, folder=ROOT, **options)
 
 
 def test_converts_and_publishes(tmp_path, configs):
@@ -49,7 +47,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_file_of_that_name(tmp_path,
     target = tmp_path / f"out.{suffix}"
     target.write_bytes(b"before")
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (50_000, 50_000))
-    done = convert(tmp_path / "vit.pth", target, preexec_fn=limit)
+    done = convert(tmp_path / "vit.pth", target, prepare=limit)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith(f"error: Cannot write {target}: ")
     assert "Traceback" not in done.stderr

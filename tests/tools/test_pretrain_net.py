@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked_command import run_command
 from PIL import Image
 
 from karat_det.backbones.classifiers import build_classifier
@@ -19,6 +20,8 @@ ROOT = Path(__file__).parents[2]
 PRETRAIN_NET = str(ROOT / "tools" / "pretrain_net.py")
 CONFIGS = ROOT / "configs" / "pretrain"
 DIGITS = str(CONFIGS / "digits.yaml")
+# Imports run anew, with their warnings.
+FRESH = ("-u",)
 SMALL = [
     *("MODEL.EMBED_DIM", "24", "MODEL.DEPTH", "2", "SOLVER.EPOCHS", "2", "SOLVER.IMS_PER_BATCH", "12"),
     *("DATALOADER.NUM_WORKERS", "0"),
@@ -33,11 +36,14 @@ def data(tmp_path_factory):
 
 
 def run(data, folder, *arguments, config=DIGITS, launcher=(), fails=False):
-    """Runs pretrain_net.py in `folder`, with OUTPUT_DIR its subfolder out."""
-    command = [sys.executable, *launcher, PRETRAIN_NET, "--config-file", config, "--data", str(data)]
-    command += [*arguments, "OUTPUT_DIR", str(folder / "out")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    """Runs pretrain_net.py in `folder`, with OUTPUT_DIR its subfolder out; in a fork unless there is a launcher."""
+    options = ["--config-file", config, "--data", str(data), *arguments, "OUTPUT_DIR", str(folder / "out")]
+    if launcher:
+        command = [sys.executable, *launcher, PRETRAIN_NET, *options]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    else:
+        done = run_command("pretrain_net", *options, folder=folder)
     assert bool(done.returncode) == fails, done.stdout + done.stderr
     return done
 
@@ -50,7 +56,7 @@ def figures(text):
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
-    return folder, run(data, folder, *SMALL)
+    return folder, run(data, folder, *SMALL, launcher=FRESH)
 
 
 def test_a_run_trains_evaluates_and_saves_without_a_warning(trained):

@@ -1,14 +1,12 @@
 """tools/study.py as a process, on a small model and a few scenes of digits."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from forked_command import run_command
 
 from karat_det.data.digits import generate_digits
 
@@ -44,9 +42,9 @@ def study(tmp_path_factory):
 
 
 def run(folder, study="study.yaml", output="out"):
-    command = [sys.executable, str(ROOT / "tools" / "study.py"), "--study", study, "--output", output, "--jobs", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DETECTRON2_DATASETS": str(folder)}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    environment = {"PYTHONPATH": str(ROOT), "DETECTRON2_DATASETS": str(folder)}
+    options = ("--study", study, "--output", output, "--jobs", "2")
+    return run_command("study", *options, folder=folder, environment=environment)
 
 
 def test_it_trains_every_run_once_and_ends_with_a_table_and_a_plot(study):

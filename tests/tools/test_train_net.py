@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.engine import default_argument_parser
+from forked_command import run_command
 from PIL import Image
 
 from karat_det.data.digits import generate_digits
@@ -25,6 +26,8 @@ from karat_det.engine.processes import run_distributed
 ROOT = Path(__file__).parents[2]
 TRAIN_NET = str(ROOT / "tools" / "train_net.py")
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
+# Imports run anew: their warnings show, and built-in datasets are where the environment says.
+FRESH = ("-u",)
 SMALL_MODEL = [
     *(
         "MODEL.VIT.EMBED_DIM",
@@ -50,11 +53,15 @@ def datasets(tmp_path_factory):
 
 
 def run_train_net(datasets, folder, *arguments, config=QUICKSTART, overrides=SMALL_MODEL, launcher=(), fails=False):
-    """Runs train_net.py in `folder`, with OUTPUT_DIR its subfolder out."""
-    command = [sys.executable, *launcher, TRAIN_NET, "--config-file", config, *arguments, *overrides]
-    command += ["OUTPUT_DIR", str(folder / "out")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DETECTRON2_DATASETS": str(datasets)}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    """Runs train_net.py in `folder`, with OUTPUT_DIR its subfolder out; in a fork unless there is a launcher."""
+    options = ["--config-file", config, *arguments, *overrides, "OUTPUT_DIR", str(folder / "out")]
+    environment = {"DETECTRON2_DATASETS": str(datasets)}
+    if launcher:
+        command = [sys.executable, *launcher, TRAIN_NET, *options]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    else:
+        done = run_command("train_net", *options, folder=folder, environment=environment)
     assert bool(done.returncode) == fails, done.stdout + done.stderr
     return done
 
@@ -68,7 +75,8 @@ def train(datasets, tmp_path):
 def trained(datasets, tmp_path_factory):
     """A folder whose subfolder out holds a finished run of 3 iterations, and what that run printed."""
     folder = tmp_path_factory.mktemp("trained")
-    return folder, run_train_net(datasets, folder, "--num-gpus", "0", overrides=[*SMALL_MODEL, "SOLVER.MAX_ITER", "3"])
+    overrides = [*SMALL_MODEL, "SOLVER.MAX_ITER", "3"]
+    return folder, run_train_net(datasets, folder, "--num-gpus", "0", overrides=overrides, launcher=FRESH)
 
 
 @pytest.fixture
@@ -398,6 +406,6 @@ def test_coco_under_its_builtin_names(coco_tiny, tmp_path):
         *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "TEST.DETECTIONS_PER_IMAGE", "5"),
     ]
     config = str(ROOT / "configs" / "vitdet_karat.yaml")
-    done = run_train_net(coco_tiny, tmp_path, config=config, overrides=overrides)
+    done = run_train_net(coco_tiny, tmp_path, config=config, overrides=overrides, launcher=FRESH)
     # Nothing that it finds by chance counts, but each of the 80 classes was measured.
     assert {"segm/AP-person", "segm/AP-toothbrush"} <= set(metrics(tmp_path / "out")), done.stdout

@@ -1,4 +1,4 @@
-"""tools/visualize_predictions.py as a user runs it: as a process, on a small model with random weights."""
+"""tools/visualize_predictions.py as a user runs it: on a small model with random weights."""
 
 import importlib
 import json
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.modeling import build_model
+from forked_command import run_command
 from PIL import Image
 
 from karat_det.engine.setup import load_cfg
@@ -59,10 +60,8 @@ def folder(tmp_path_factory):
 
 
 def visualize(folder: Path, *arguments: str, overrides: list[str]) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "tools" / "visualize_predictions.py"), "--config-file", CONFIG]
-    command += ["--weights", str(folder / "weights.pth"), *arguments, *overrides]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    options = ("--config-file", CONFIG, "--weights", folder / "weights.pth", *arguments, *overrides)
+    return run_command("visualize_predictions", *options, folder=folder)
 
 
 def test_dataset_is_drawn_beside_its_ground_truth(folder, tmp_path):

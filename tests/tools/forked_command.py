@@ -1,0 +1,84 @@
+"""A command as a user runs it, in a process forked from that of the tests: without the seconds that imports take."""
+
+import io
+import logging
+import multiprocessing.util
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils import logger as detectron2_logger
+
+from karat_det.data.digits import DIGITS_NAMES, register_digits
+
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
+def run_command(name, *arguments, folder, environment=None, prepare=None):
+    """Runs tools/<name>.py to its end.
+
+    Args:
+        name: the command.
+        arguments: its words.
+        folder: the working directory.
+        environment: variables that it has beside those of the tests. Imports are made already.
+        prepare: called in the new process first.
+
+    Returns:
+        A CompletedProcess with status, stdout and stderr.
+    """
+    command = [str(TOOLS / f"{name}.py"), *map(str, arguments)]
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        child = os.fork()
+        if not child:
+            os.dup2(output.fileno(), 1)
+            os.dup2(errors.fileno(), 2)
+            os._exit(_run(command, folder, environment or {}, prepare))
+        _, status = os.waitpid(child, 0)
+        texts = []
+        for file in (output, errors):
+            file.seek(0)
+            texts.append(io.TextIOWrapper(file, "utf-8").read())
+    return subprocess.CompletedProcess(command, os.waitstatus_to_exitcode(status), *texts)
+
+
+def _run(command, folder, environment, prepare):
+    sys.stdout, sys.stderr = (
+        io.TextIOWrapper(io.FileIO(number, "w"), "utf-8", write_through=True) for number in (1, 2)
+    )
+    status = 1
+    try:
+        signal.alarm(300)
+        os.chdir(folder)
+        os.environ.update(environment)
+        # What the tests have left: loggers that write to them, and Detectron2's memory of having set them up.
+        for each in (logging.root, *map(logging.getLogger, logging.root.manager.loggerDict)):
+            each.handlers.clear()
+        detectron2_logger.setup_logger.cache_clear()
+        # They are where the environment says.
+        for dataset in DIGITS_NAMES:
+            DatasetCatalog.remove(dataset)
+            MetadataCatalog.remove(dataset)
+        register_digits()
+        sys.argv = command
+        sys.path.insert(0, str(TOOLS))
+        sys.modules.pop("early_signals", None)
+        if prepare:
+            prepare()
+        runpy.run_path(command[0], run_name="__main__")
+        status = 0
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        else:
+            status = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    multiprocessing.util._exit_function()
+    return status
