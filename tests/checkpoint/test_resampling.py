@@ -9,6 +9,7 @@ from detectron2.modeling import build_backbone
 from detectron2.modeling.backbone.utils import get_rel_pos
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.layers import resample_abs_pos_embed
 
 from karat_det.attention import KArAtConfig, KArAtOperator
 from karat_det.checkpoint.loading import SafeCheckpointer, load_weights
@@ -293,6 +294,15 @@ def test_one_operator_is_not_made_of_several(configs, tmp_path):
     )
     with pytest.raises(ValueError, match=message):
         load_weights(build(configs, 32, **{"KARAT.SHARING": "universal"}), path)
+
+
+@pytest.mark.parametrize("target", [(16, 12), (7, 7), (14, 15)])
+def test_absolute_positions_become_what_timm_makes_of_them(target):
+    """`resample_tokens` resamples operators too, which timm's function does not."""
+    positions = torch.randn(1, 1 + 14 * 14, 8)
+    source, grid = TokenGrid(14, 14, class_tokens=1), TokenGrid(*target, class_tokens=1)
+    expected = resample_abs_pos_embed(positions, list(target), [14, 14], num_prefix_tokens=1)
+    assert torch.equal(resample_tokens(positions, 1, source, grid), expected)
 
 
 def test_relative_positions_become_what_detectron2_makes_of_them(configs, tmp_path):
