@@ -3,7 +3,6 @@ import itertools
 import json
 import math
 import shutil
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import JSONWriter
-from forked import differences_of_checkpoints, killed, metrics
+from forked import differences_of_checkpoints, killed, metrics, workers_ended
 from PIL import Image
 from timm.data.auto_augment import RandAugment
 
@@ -67,18 +66,9 @@ def make_cfg(tree, tmp_path):
 
 def train(cfg, **arguments):
     trainer = Pretrainer(cfg, **arguments)
-    with workers_ended(trainer):
+    with workers_ended(trainer.step):
         trainer.train()
     return trainer
-
-
-@contextmanager
-def workers_ended(trainer):
-    """Ends the workers that read ahead: those of a trainer that is garbage in a cycle take ten seconds to end."""
-    try:
-        yield
-    finally:
-        trainer.step._data_loader_iter_obj = None
 
 
 def saved(cfg, name="model_last"):
@@ -109,7 +99,7 @@ def train_until(cfg, step, save=True, **arguments):
             raise KeyboardInterrupt
 
     trainer.after_step = stop
-    with workers_ended(trainer), pytest.raises(KeyboardInterrupt):
+    with workers_ended(trainer.step), pytest.raises(KeyboardInterrupt):
         trainer.train()
 
 

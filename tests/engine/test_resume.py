@@ -11,7 +11,7 @@ import torch
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.utils import comm
 from detectron2.utils.events import JSONWriter
-from forked import differences, differences_of_checkpoints, in_processes, killed, metrics
+from forked import differences, differences_of_checkpoints, in_processes, killed, metrics, workers_ended
 
 from karat_det.checkpoint import run_folder
 from karat_det.data.broken_images import TooManyBroken
@@ -87,7 +87,8 @@ def run(trainer, until):
 
     trainer.after_step = stop
     try:
-        trainer.train()
+        with workers_ended(trainer._trainer):
+            trainer.train()
     except KeyboardInterrupt:
         assert trainer.iter == until
     return trainer
@@ -198,7 +199,8 @@ def failed(cfg, resume, owner, iteration, error):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, name, fail)
         try:
-            trainer.train()
+            with workers_ended(trainer._trainer):
+                trainer.train()
         except Exception as raised:
             return f"{type(raised).__name__}: {raised}"
     return ""

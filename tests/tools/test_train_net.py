@@ -402,6 +402,7 @@ def test_coco_under_its_builtin_names(coco_tiny, tmp_path):
         *("MODEL.VIT.EMBED_DIM", "48", "MODEL.VIT.DEPTH", "2", "MODEL.VIT.NUM_HEADS", "3"),
         *("MODEL.VIT.WINDOW_BLOCKS", "[0]", "MODEL.FPN.OUT_CHANNELS", "16", "MODEL.ROI_BOX_HEAD.CONV_DIM", "16"),
         *("MODEL.ROI_MASK_HEAD.CONV_DIM", "16", "MODEL.RPN.POST_NMS_TOPK_TEST", "20"),
+        *("MODEL.RPN.PRE_NMS_TOPK_TEST", "100"),
         *("SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "0"),
         *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "TEST.DETECTIONS_PER_IMAGE", "5"),
     ]
