@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from karat_det.analysis import benchmark, gpu_training
+from karat_det.analysis import benchmark_detector, gpu_training
 from karat_det.analysis.check_runner import FAIL, FOR_THE_RECORD, PASS, Skip
 from karat_det.analysis.gpu_training import (
     NUM_STEPS,
@@ -63,7 +63,7 @@ def test_a_step_that_the_trainer_skips_is_not_finite(configs, monkeypatch):
             return {name: loss * (math.nan if self.calls == 3 else 1) for name, loss in losses.items()}
 
     def make_step(cfg, batch_size):
-        step = benchmark.make_step(cfg, batch_size)
+        step = benchmark_detector.make_step(cfg, batch_size)
         step.model = NaNOnce(step.model)
         return step
 
