@@ -1,12 +1,12 @@
 """Every YAML key that karat_det adds to Detectron2's, with its default.
 
 What an operator is made of, in MODEL.KARAT, is explained in attention/config.py: each field of KArAtConfig is a key.
-The defaults are those of ViT-Base at 224 × 224 with one universal Fourier operator of grid size 1 (G1U).
-Detectron2's own keys keep Detectron2's defaults: what a family of models changes of them stands in its base YAML file.
-Without effect are those of what is replaced here: INPUT.MIN_SIZE_* and MAX_SIZE_* (images are resized as INPUT.RESIZE
-says) and DATALOADER.ASPECT_RATIO_GROUPING (neither batch nor processes change the order of images). Refused where they
-are set are SOLVER.MOMENTUM, NESTEROV, BIAS_LR_FACTOR, WEIGHT_DECAY_NORM and WEIGHT_DECAY_BIAS (the optimiser is AdamW),
-and the others of _WITHOUT_EFFECT in engine/checks.py. Ranges are in engine/ranges.py: of every key, by its name.
+The defaults are those of ViT-Base at 224 × 224 with one universal Fourier operator of grid size 1 (G1U). Detectron2's
+own keys keep Detectron2's defaults; the base YAML file of a family of models has its changes. These Detectron2 keys are
+ignored: INPUT.MIN_SIZE_* and MAX_SIZE_* (INPUT.RESIZE sets the size of images) and DATALOADER.ASPECT_RATIO_GROUPING
+(neither batch size nor number of processes changes the order of images). These are refused if they are set:
+SOLVER.MOMENTUM, NESTEROV, BIAS_LR_FACTOR, WEIGHT_DECAY_NORM and WEIGHT_DECAY_BIAS (the optimiser is AdamW), and the
+others of _WITHOUT_EFFECT in engine/checks.py. The range of every key is in engine/ranges.py.
 """
 
 from collections.abc import Mapping
@@ -25,14 +25,14 @@ def add_karat_config(cfg: CN) -> None:
         cfg: the config returned by `detectron2.config.get_cfg()`, not yet merged with a file.
     """
     _add_operator(cfg.MODEL)
-    # What those of BLOCKS that attend to the whole image become: "operator" (KArAt; fixes the image size),
+    # What becomes of blocks among BLOCKS that attend to the whole image: "operator" (KArAt; fixes the image size),
     # "softmax" (no KArAt), or "window" (window blocks with KArAt).
     cfg.MODEL.KARAT.GLOBAL_BLOCKS = "operator"
 
     # Plain vision transformer and simple feature pyramid, built as Detectron2's ViT and SimpleFeaturePyramid.
     cfg.MODEL.VIT = CN()
     # Height of the input in pixels, and its width unless IMG_WIDTH gives one. Images are resized or padded to it.
-    # Larger ones, which a Detectron2 pipeline of one's own may give, are refused where a global block has an operator.
+    # Larger ones, from another Detectron2 pipeline, are refused if a global block has an operator.
     cfg.MODEL.VIT.IMG_SIZE = 224
     # Width of the input in pixels; 0 is IMG_SIZE, a square.
     cfg.MODEL.VIT.IMG_WIDTH = 0
@@ -48,21 +48,21 @@ def add_karat_config(cfg: CN) -> None:
     cfg.MODEL.VIT.QKV_BIAS = True
     # Stochastic depth of the last block; it rises linearly from 0 in the first.
     cfg.MODEL.VIT.DROP_PATH_RATE = 0.1
-    # Side of an attention window, in patches. Where it does not divide the patches on a side of the image, the windows
-    # at the edge are padded; nothing attends to their padding, save Detectron2's own softmax.
+    # Side of an attention window, in patches. If it does not divide the side of the image in patches, the windows at
+    # the edge are padded. KArAt does not attend to the padding; Detectron2's softmax does.
     cfg.MODEL.VIT.WINDOW_SIZE = 14
     # Blocks that attend within windows; the others attend to the whole image.
     cfg.MODEL.VIT.WINDOW_BLOCKS = [0, 1, 3, 4, 6, 7, 9, 10]
     # Decomposed relative positions, added to the scores.
     cfg.MODEL.VIT.USE_REL_POS = True
-    # Image size that the absolute position embedding belongs to, and whether it carries a class token's row.
+    # Image size that the absolute position embedding is for, and whether it has a row for a class token.
     cfg.MODEL.VIT.PRETRAIN_IMG_SIZE = 224
     cfg.MODEL.VIT.PRETRAIN_USE_CLS_TOKEN = True
     # Levels of the pyramid, as factors of the patch grid's resolution.
     cfg.MODEL.VIT.SCALE_FACTORS = [4.0, 2.0, 1.0, 0.5]
 
     # Swin and a feature pyramid, built as Detectron2's SwinTransformer and FPN: MODEL.BACKBONE.NAME
-    # build_swin_karat_fpn_backbone. The defaults are Swin-Tiny. Of MODEL.KARAT, SHARING must be "blockwise", BLOCKS
+    # build_swin_karat_fpn_backbone. The defaults are Swin-Tiny. In MODEL.KARAT, SHARING must be "blockwise", BLOCKS
     # counts through all stages, and GLOBAL_BLOCKS has no effect: every block attends within windows.
     cfg.MODEL.SWIN = CN()
     # Height and width (0 is a square) of the input in pixels, to which images are resized or cropped. The backbone
@@ -85,25 +85,25 @@ def add_karat_config(cfg: CN) -> None:
     cfg.MODEL.SWIN.QKV_BIAS = True
     # Stochastic depth of the last block; it rises linearly from 0 in the first.
     cfg.MODEL.SWIN.DROP_PATH_RATE = 0.2
-    # An absolute position embedding too, and the image size that it belongs to.
+    # Whether to add an absolute position embedding, and the image size that it is for.
     cfg.MODEL.SWIN.APE = False
     cfg.MODEL.SWIN.PRETRAIN_IMG_SIZE = 224
-    # Stages that the pyramid is made of: neighbours, from the finest. MODEL.FPN.IN_FEATURES has no effect.
+    # Stages of the pyramid: neighbours, from the finest. MODEL.FPN.IN_FEATURES has no effect.
     cfg.MODEL.SWIN.OUT_FEATURES = ["p0", "p1", "p2", "p3"]
 
-    # A weights file with keys or shapes that the model does not have, or a ViT or Swin in it that lacks blocks of the
-    # model's, stops the run, unless this is False.
+    # True: a weights file with keys or shapes that the model does not have, or whose ViT or Swin lacks blocks, stops
+    # the run. False: what fits is loaded.
     cfg.MODEL.WEIGHTS_STRICT = True
 
-    # Learning rate of block i of L, of the rate of the heads: LAYER_DECAY ** (L - i). 1.0 is one rate for all, the
-    # only choice for Swin.
+    # Learning rate of block i of L over that of the heads: LAYER_DECAY ** (L - i). 1.0 is one rate for all, the only
+    # choice for Swin.
     cfg.SOLVER.LAYER_DECAY = 1.0
-    # Learning rate of the operators' coefficients and projectors over that of the block that they are in.
+    # Learning rate of the operators' coefficients and projectors over their block's.
     cfg.SOLVER.OPERATOR_LR_FACTOR = 1.0
-    # Beside CHECKPOINT_PERIOD, minutes after which a run is saved, as model_last.pth, or longer where saving would take
-    # more than a fiftieth of the time; 0.0 is never.
+    # Minutes after which a run is saved as model_last.pth, beside CHECKPOINT_PERIOD; longer if saving would take more
+    # than a fiftieth of the time; 0.0 is never.
     cfg.SOLVER.CHECKPOINT_MINUTES = 1.0
-    # How many of the checkpoints of CHECKPOINT_PERIOD stay, the last ones; 0 is all. model_best.pth always stays.
+    # How many of CHECKPOINT_PERIOD's checkpoints are kept, the last ones; 0 is all. model_best.pth is always kept.
     cfg.SOLVER.KEEP_CHECKPOINTS = 0
     _add_divergence(cfg.SOLVER)
     # AdamW's betas and epsilon.
@@ -116,7 +116,7 @@ def add_karat_config(cfg: CN) -> None:
     # Range of the factors that large-scale jitter draws from.
     cfg.INPUT.LSJ_SCALE = (0.1, 2.0)
 
-    # The metric that decides which checkpoint is the best one; "" is segm/AP with masks, else bbox/AP.
+    # The metric of the best checkpoint; "" is segm/AP with masks, else bbox/AP.
     cfg.TEST.BEST_METRIC = ""
 
     # Your own data in COCO format: dataset i is NAMES[i], annotated in JSONS[i], its images below IMAGE_DIRS[i].
@@ -130,13 +130,13 @@ def add_karat_config(cfg: CN) -> None:
 def pretrain_config() -> CfgNode:
     """Every YAML key of the pretraining of classifiers, with its default."""
     cfg = CN()
-    # Of Detectron2's config files.
+    # Version of Detectron2's config files.
     cfg.VERSION = 2
     cfg.MODEL = CN()
     # Name of a ViT, ConViT or Swin in timm.
     cfg.MODEL.NAME = "vit_tiny_patch16_224"
-    # What differs from timm's model of that name; None is its own. Sides of the image and of a patch, in pixels; width,
-    # which in Swin is that of the first stage and in ConViT fixed; depth and heads of a ViT.
+    # Changes to timm's model of that name; None keeps its own. Sides of the image and of a patch, in pixels; width,
+    # which is the first stage's in Swin and fixed in ConViT; depth and heads of a ViT.
     cfg.MODEL.IMG_SIZE = None
     cfg.MODEL.PATCH_SIZE = None
     cfg.MODEL.EMBED_DIM = None
@@ -144,8 +144,8 @@ def pretrain_config() -> CfgNode:
     cfg.MODEL.NUM_HEADS = None
     # Stochastic depth of the last block; it rises linearly from 0 in the first.
     cfg.MODEL.DROP_PATH_RATE = None
-    # How the weights of a ViT start: "" is timm's own, of deviation 0.02; "jax" is the original ViT's, Xavier's, with
-    # which a narrow one learns sooner.
+    # Initialisation of a ViT's weights: "" is timm's, of deviation 0.02; "jax" is the original ViT's, Xavier's, with
+    # which a narrow ViT learns sooner.
     cfg.MODEL.WEIGHT_INIT = ""
     _add_operator(cfg.MODEL)
     _add_pretraining(cfg)
@@ -153,24 +153,24 @@ def pretrain_config() -> CfgNode:
 
 
 def _add_pretraining(cfg: CfgNode) -> None:
-    """Adds to `pretrain_config` all that is not the model: the recipe of the paper for ViT on ImageNet-1K."""
-    # As in Detectron2. Where there is no GPU it becomes "cpu".
+    """Adds data, recipe and evaluation to `pretrain_config`: the paper's for ViT on ImageNet-1K."""
+    # As in Detectron2. Without a GPU it becomes "cpu".
     cfg.MODEL.DEVICE = "cuda"
-    # A file of --init-from with keys or shapes that the model does not have, or without blocks that it has, stops the
-    # run, unless this is False. A head for another number of classes is left out at any rate.
+    # True: a file of --init-from with keys or shapes that the model does not have, or without all its blocks, stops the
+    # run. False: what fits is loaded. A head for another number of classes is left out in either case.
     cfg.MODEL.WEIGHTS_STRICT = True
 
     cfg.DATA = CN()
-    # "folder": images in train/<class>/ and val/<class>/. "huggingface": what datasets.DatasetDict.save_to_disk wrote.
-    # "digits": crops of the embedded digits, made where they are missing. Or the name of a dataset of torchvision that
-    # is on the disk, such as "CIFAR10"; datasets/README.md lists them.
+    # "folder": images in train/<class>/ and val/<class>/. "huggingface": a folder by datasets.DatasetDict.save_to_disk.
+    # "digits": crops of the embedded digits, made if they are missing. Or the name of one of torchvision's datasets
+    # that is on the disk, such as "CIFAR10"; datasets/README.md lists them.
     cfg.DATA.NAME = "folder"
-    # The folder that holds it, which --data names.
+    # The folder of the data, which --data names.
     cfg.DATA.ROOT = ""
-    # How many classes it must have; 0 takes as many as there are.
+    # Number of classes that the data must have; 0 is any number.
     cfg.DATA.NUM_CLASSES = 0
-    # Mean and deviation of red, green and blue, of values from 0 to 1: ImageNet's. The ViTs that timm has from Google
-    # (augreg) want 0.5 of all.
+    # Mean and deviation of red, green and blue, on a scale from 0 to 1: ImageNet's. Google's ViTs in timm (augreg) need
+    # 0.5 for all six.
     cfg.DATA.MEAN = (0.485, 0.456, 0.406)
     cfg.DATA.STD = (0.229, 0.224, 0.225)
     # Columns of a Hugging Face dataset.
@@ -188,14 +188,14 @@ def _add_pretraining(cfg: CfgNode) -> None:
     cfg.AUG.RATIO = (0.67, 1.5)
     # Probability of a horizontal flip.
     cfg.AUG.FLIP = 0.5
-    # RandAugment as timm writes it; "" is none.
+    # RandAugment in timm's notation; "" is none.
     cfg.AUG.RAND_AUGMENT = "rand-m15-n2-mstd1.0-inc1"
-    # Strength of colour jitter, without RandAugment: timm drops it beside that.
+    # Strength of colour jitter, which timm uses without RandAugment only.
     cfg.AUG.COLOR_JITTER = 0.4
-    # Alpha of mixup and of cutmix; 0 is none. Of two, one is drawn for each batch.
+    # Alpha of mixup and of cutmix; 0 is none. With both, one is drawn for each batch.
     cfg.AUG.MIXUP = 0.8
     cfg.AUG.CUTMIX = 1.0
-    # Probability that a batch is mixed, and that it is by cutmix: with both, each has a probability of 0.5.
+    # Probability that a batch is mixed, and that a mixed one is by cutmix if both are on.
     cfg.AUG.MIX_PROB = 1.0
     cfg.AUG.CUTMIX_PROB = 0.5
     # Part of a label's weight that all classes share; 0 is none.
@@ -204,24 +204,25 @@ def _add_pretraining(cfg: CfgNode) -> None:
     cfg.SOLVER = CN()
     # Passes over the training images.
     cfg.SOLVER.EPOCHS = 100
-    # Images a step, of all processes together.
+    # Images a step, over all processes.
     cfg.SOLVER.IMS_PER_BATCH = 128
     # AdamW's learning rate for 512 images a step; it is multiplied by IMS_PER_BATCH / 512.
     cfg.SOLVER.BASE_LR = 0.0005
-    # The rate rises from WARMUP_LR for so many epochs, and falls to MIN_LR by a cosine.
+    # The rate rises from WARMUP_LR for this number of epochs, and then falls to MIN_LR by a cosine.
     cfg.SOLVER.WARMUP_EPOCHS = 5
     cfg.SOLVER.WARMUP_LR = 1e-6
     cfg.SOLVER.MIN_LR = 1e-5
     # AdamW's decay rates of its two moving averages, and what is added to the root of the second one.
     cfg.SOLVER.BETAS = (0.9, 0.999)
     cfg.SOLVER.EPS = 1e-6
-    # Not of norms, biases, positions and the operators' coefficients.
+    # Norms, biases, positions and the operators' coefficients have none.
     cfg.SOLVER.WEIGHT_DECAY = 0.05
-    # Decay of the moving average of the weights, which is what is evaluated and what starts a detector. 0 is none. It
-    # is lower in the first steps, so that a short run does not end near its random weights: see timm's ModelEmaV3.
+    # Decay of the moving average of the weights, which is evaluated and from which a detector starts. 0 is no average.
+    # The decay is lower in the first steps, so that a short run does not end near its random weights: see ModelEmaV3 in
+    # timm.
     cfg.SOLVER.EMA_DECAY = 0.99992
-    # Beside the end of each epoch, minutes after which a run is saved, as model_last.pth, or longer where saving would
-    # take more than a fiftieth of the time; 0.0 is never.
+    # Minutes after which a run is saved as model_last.pth, beside the end of each epoch; longer if saving would take
+    # more than a fiftieth of the time; 0.0 is never.
     cfg.SOLVER.CHECKPOINT_MINUTES = 1.0
     _add_divergence(cfg.SOLVER)
     # As in Detectron2; "full_model" clips by the norm of all gradients together.
@@ -230,47 +231,47 @@ def _add_pretraining(cfg: CfgNode) -> None:
     cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "full_model"
     cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 1.0
     cfg.SOLVER.CLIP_GRADIENTS.NORM_TYPE = 2.0
-    # bfloat16. On the CPU it is off unless the command line has it.
+    # bfloat16. On the CPU it is off unless the command line sets it.
     cfg.SOLVER.AMP = CN()
     cfg.SOLVER.AMP.ENABLED = True
 
     cfg.TEST = CN()
     # Epochs between evaluations. The last epoch is always evaluated.
     cfg.TEST.EVAL_PERIOD = 1
-    # Part of the height and width of a validation image that its centre crop has.
+    # Side of a validation image's centre crop over that of the image.
     cfg.TEST.CROP_RATIO = 0.9
 
-    # Of weights, order of the data and augmentation. A resumed run goes on as the one that was never interrupted.
+    # Seed of weights, order of the data and augmentation. A resumed run equals an uninterrupted one.
     cfg.SEED = 0
     # The folder of checkpoints, log and metrics. It is made if it is missing.
     cfg.OUTPUT_DIR = "output/pretrain"
 
 
 def _add_divergence(solver: CfgNode) -> None:
-    """Adds to SOLVER what a run does where it diverges."""
-    # Where the loss, the gradient or the update is not finite: "skip_not_finite" lets a step whose loss or gradient is
-    # not finite update nothing, and goes on; "skip" does so too where the norm of the gradient is over SPIKE_FACTOR
-    # times its running median; "rollback" goes back to the weights of the last checkpoint in either case, and on with
-    # the images that follow, at half the learning rate; "stop" ends the run. So does an update that overflows, but for
+    """Adds to SOLVER the keys of divergence."""
+    # Reaction to divergence. "skip_not_finite": a step whose loss or gradient is not finite updates nothing. "skip":
+    # nor does a step whose gradient's norm is over SPIKE_FACTOR times its running median. "rollback": in both cases the
+    # run goes back to the weights of the last checkpoint, and on with the following images at half the learning rate.
+    # "stop": a loss or gradient that is not finite ends the run. An update that overflows ends the run too, except with
     # "rollback".
     solver.ON_DIVERGENCE = "skip_not_finite"
-    # Steps in a row that may be skipped; the next one ends the run.
+    # Most steps to skip in a row; the next one ends the run.
     solver.MAX_SKIPPED_STEPS = 5
     # See "skip": how many times its running median the norm of the gradient may be.
     solver.SPIKE_FACTOR = 20.0
-    # How often a run may go back; the next time ends it.
+    # Most times that a run goes back; the next time ends it.
     solver.MAX_ROLLBACKS = 3
 
 
 def _add_operator(model: CfgNode) -> None:
     """Adds MODEL.KARAT, as detectors and classifiers have it, to MODEL."""
-    # What an operator is made of: the fields of KArAtConfig in upper case, with their defaults. That class explains
-    # them. The keys after it say where a network has operators.
+    # The operator: the fields of KArAtConfig in upper case, with their defaults. That class explains them. The keys
+    # below place operators in a network.
     model.KARAT = type(model)({field.name.upper(): field.default for field in fields(KArAtConfig)})
     # False builds the softmax model, Detectron2's or timm's own, parameter for parameter: the baseline of every
     # comparison.
     model.KARAT.ENABLED = True
-    # "blockwise": each block has its own operators. "universal": all blocks hold the very same one.
+    # "blockwise": each block has its own operator. "universal": all blocks share one.
     model.KARAT.SHARING = "universal"
     # Indices of the blocks that get KArAt; [] is all. The others stay as they are in the softmax model.
     model.KARAT.BLOCKS = []
@@ -285,12 +286,12 @@ def image_size(cfg: CN) -> tuple[int, int]:
 def named_by_key(
     error: ValueError, notes: Mapping[str, str] | None = None, keys: Mapping[str, str] | None = None
 ) -> ValueError:
-    """An error about an argument of KArAtConfig or replace_attention, by the name of the key that it is from.
+    """An error about an argument of KArAtConfig or replace_attention, with the name of the argument's key.
 
     Args:
         error: its message begins with the name of the argument.
-        notes: by argument, what else a user of YAML should know: the message ends with it.
-        keys: by argument, its key, where that is not the upper-case name in MODEL.KARAT.
+        notes: by argument, an addition to the message for users of YAML.
+        keys: by argument, its key, unless that is the upper-case name in MODEL.KARAT.
     """
     argument, _, complaint = str(error).partition(" ")
     key = (keys or {}).get(argument, f"MODEL.KARAT.{argument.upper()}")

@@ -31,7 +31,7 @@ def main() -> None:
         "--seconds",
         type=float,
         default=570.0,
-        help="what is not done by then is left out, by its name (default: %(default)g)",
+        help="checks that have not ended by then are left out, by name (default: %(default)g)",
     )
     args = parser.parse_args()
     if not args.seconds > 0:
@@ -45,7 +45,7 @@ def main() -> None:
         )
         sys.exit(2)
 
-    # Below, since it takes seconds, which whoever has no GPU need not wait.
+    # Not above: it takes seconds, in vain without a GPU.
     import karat_det.quiet  # noqa: F401  before Detectron2, whose imports warn of their own old calls
 
     # isort: split

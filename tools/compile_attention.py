@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Compiles the attention for the CPU, as `make install` does. Without a compiler it says what serves in its place."""
+"""Compiles the attention for the CPU, as `make install` does. Without a compiler it names the replacement."""
 
 if __name__ == "__main__":
     import early_signals  # noqa: F401  before the imports that take seconds

@@ -1,9 +1,9 @@
-"""Pretrains a classifier, and shows what a detector gains by it: all that `make demo-pretrained` does once installed.
+"""Pretrains a classifier, and shows what a detector gains by it: `make demo-pretrained` after the installation.
 
 Pretrains configs/pretrain/digits.yaml on crops of the embedded digits, then trains configs/quickstart.yaml twice for
 the same number of steps, from random weights and from the pretrained ones, both with the layer-wise decay of the rate
 that is usual for pretrained ones, and prints box and mask AP of both. The classifier is trained on none of the digits
-that the detectors are evaluated on. What is finished is not done again.
+that the detectors are evaluated on. Finished steps are not repeated.
 
 Usage: python tools/demo_pretrained.py
 """

@@ -3,8 +3,8 @@
 Detectron2 has no release on PyPI. The PyPI package sal-detectron2 0.7.2 is its main branch of 2024-04-17: apart from
 nine lines, version included, its Python is the same file by file. Its wheel is tagged for Python 3.10 because of one
 optional compiled module that karat_det never uses, so the wheel is downloaded, its SHA-256 is checked, and it is
-installed under the name of a wheel for any Python. Its list of requirements is left out, for it asks for numpy < 2
-although it runs with numpy 2; requirements.txt has what it needs.
+installed under the name of a wheel for any Python. Its list of requirements is left out, since it asks for numpy < 2
+although Detectron2 runs with numpy 2; requirements.txt has its needs.
 
 Usage: python tools/install_detectron2.py
 """

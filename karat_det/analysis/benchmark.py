@@ -31,19 +31,19 @@ def run_benchmark(
 ) -> Iterator[Results]:
     """Measures some parts, with a line in the log for each comparison begun, and yields all results after each.
 
-    The process uses freed memory again from now on: page faults would else be a third of an attention's time, and how
-    many there are depends on what was allocated before.
+    From here on the process reuses freed memory. Otherwise page faults would be a third of an attention's time, and
+    their number depends on earlier allocations.
 
     Args:
         parts: some of PARTS.
         config_file: YAML of the detector with KArAt, for "step" and "inference".
         opts: overrides of its keys, KEY VALUE.
-        turns: of the variants of each comparison, and the device that they run on.
+        turns: how the variants of each comparison are timed, and their device.
         max_memory: "scaling" leaves out what would need more bytes.
 
     Raises:
-        ValueError, OSError: the config is not valid, or the system does not tell a process's peak memory.
-        RuntimeError: a process died, most likely for want of memory.
+        ValueError, OSError: the config is not valid, or the system does not report a process's peak memory.
+        RuntimeError: a process died, most likely because memory ran out.
     """
     if {"step", "inference"} & set(parts):
         with_and_without(config_file, opts, turns.device)  # a mistake shows before minutes have passed

@@ -55,8 +55,8 @@ class AttentionShape:
 
 
 WINDOWS = AttentionShape()
-# What is timed over scaled_dot_product_attention: an attention core, its sizes, and how much the ratio may be on two
-# cores of a CPU, for forward and backward, and for forward alone.
+# Attention cores to time over scaled_dot_product_attention: variant, sizes, and the largest allowed ratio on two cores
+# of a CPU, for forward and backward, and for forward alone.
 TIMED = (
     *(
         ("attend, G = 1", shape, 1.0, 1.1)
@@ -89,7 +89,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "direct, G = 1": ("direct", {"grid_size": 1}),
     "direct, G = 3": ("direct", {"grid_size": 3}),
 }
-# Matrices of the scores' size that a forward and backward holds at a time, roughly.
+# Roughly how many matrices of the scores' size a forward and backward pass needs at a time.
 _MATRICES = {"fused": 0, "attend": 0, "plain": 0, "written out": 4, "direct": 12}
 
 
@@ -98,7 +98,7 @@ class AttentionCore(nn.Module):
 
     "direct" is equation 2 as written: features of all harmonics in one tensor, Φ̂[A], the activated N×N matrix W Φ̂[A],
     and its product with the values, all kept by autograd. Relative positions are added to softmax's scores by
-    Detectron2's formula, as a bias that is written out; scaled_dot_product_attention takes them in no other way.
+    Detectron2's formula, as a bias that is written out, the only form that scaled_dot_product_attention takes.
 
     Args:
         variant: a key of VARIANTS.
@@ -156,7 +156,7 @@ class AttentionCore(nn.Module):
         return activated if self.mask is None else activated * self.mask
 
     def _bias(self, query: Tensor) -> Tensor | None:
-        """What is added to softmax's scores, (B, heads, N, N). Detectron2's add_decomposed_rel_pos needs the scores."""
+        """The bias of softmax's scores, (B, heads, N, N). Detectron2's add_decomposed_rel_pos needs the scores."""
         if self.mask is not None:
             return self.table.masked_fill(~self.mask, -torch.inf)
         if self.rel_pos_h is None:
@@ -184,13 +184,13 @@ def compare_times(turns: Turns) -> Iterator[Comparison]:
 
 
 def compare_memory(shape: AttentionShape, device: str = "cpu") -> list[Comparison]:
-    """Bytes that autograd keeps, and multiply-adds, at one size."""
+    """Rows on bytes that autograd keeps, and on multiply-adds, at one size."""
     inputs = _projections(shape, device).unbind(0)
     rows = []
     for variant, goal in (("attend, G = 1", 1.0), ("attend, G = 1, residual softmax", None), ("attend, G = 3", 1.0)):
         kept, reference = (bytes_kept(_core(name, shape, device), inputs) for name in (variant, SDPA))
         rows.append(Comparison(f"{variant}: bytes autograd keeps, {shape}", SDPA, kept, reference, "MiB", goal))
-    # fvcore does not look into fused attention.
+    # fvcore does not count fused attention.
     for variant, goal in (("attend, G = 1", 0.8), ("attend, G = 1, residual softmax", None)):
         label = f"{variant}: multiply-adds counted by fvcore for one of the batch, {shape}"
         adds, reference = (multiply_adds(_core(name, shape, device), inputs) for name in (variant, SOFTMAX))

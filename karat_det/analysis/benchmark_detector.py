@@ -1,7 +1,6 @@
 """What a detector with KArAt costs beside the same one with softmax: a training step, and inference.
 
-Training steps are timed in a fresh process, in which the CPU's memory that tensors free is used again, as PyTorch does
-on CUDA.
+Training steps are timed in a fresh process that reuses memory freed by tensors, as PyTorch does on CUDA.
 """
 
 import logging
@@ -35,8 +34,8 @@ def compare_steps(config_file: str, opts: Sequence[str], turns: Turns, batch_siz
 
     A step is the trainer's: forward with all losses, backward, clipping, AdamW; in bfloat16 on CUDA if the config says
     so. Weights and images are random, from one seed, and the heads of both get the same proposals. Steps are timed in
-    a process that uses freed memory again: on the CPU a run of the trainer, which does not, takes longer with either.
-    The memory is all that weights, AdamW's state and a step need.
+    a process that reuses freed memory; on the CPU a run of the trainer, which does not, takes longer with either. The
+    memory includes weights, AdamW's state and a step.
     """
     cfgs = with_and_without(config_file, opts, turns.device)
     what = _describe(cfgs["KArAt"], config_file, opts, batch_size)
@@ -72,7 +71,7 @@ def compare_inference(config_file: str, opts: Sequence[str], turns: Turns) -> Co
 
 
 def synthetic_batch(cfg: CfgNode, batch_size: int) -> list[dict[str, Any]]:
-    """Random images of the model's size, as a mapper gives them, each with eight boxes and masks; always the same."""
+    """Random images of the model's size, in a mapper's form, each with eight boxes and masks; always the same."""
     rng = np.random.default_rng(0)
     height, width = image_size(cfg)
     batch = []
@@ -97,10 +96,10 @@ def synthetic_batch(cfg: CfgNode, batch_size: int) -> list[dict[str, Any]]:
 
 
 def synthetic_proposals(batch: list[dict[str, Any]], count: int) -> list[Instances]:
-    """So many proposals for each image of a synthetic batch, all of them its objects' boxes moved.
+    """`count` proposals for each image of a synthetic batch: boxes of its objects, moved.
 
-    A quarter overlaps its object by half and more, so that the heads sample as many positives as they may, as in a
-    detector that has learned.
+    A quarter overlaps its object by at least half, so that the heads sample as many positives as they may, as in a
+    trained detector.
     """
     generator = torch.Generator().manual_seed(0)
     proposals = []
@@ -119,8 +118,8 @@ def synthetic_proposals(batch: list[dict[str, Any]], count: int) -> list[Instanc
 def make_step(cfg: CfgNode, batch_size: int) -> Step:
     """The trainer's step on a detector with random weights, over and over on one synthetic batch.
 
-    Its proposals are computed, but the heads get synthetic ones: the heads take most of a step, more so the more
-    proposals are positive, and that differs between models with random weights, whatever their attention is.
+    The model computes its proposals, but the heads get synthetic ones. The heads take most of a step, and longer for
+    more positive proposals. The number of these differs between models with random weights, whatever their attention.
     """
     torch.manual_seed(0)
     model = build_model(cfg)
@@ -187,7 +186,7 @@ def _step_seconds(cfgs: dict[str, CfgNode], batch_size: int, turns: Turns) -> tu
 def _step_peak(cfg: CfgNode, batch_size: int) -> int:
     def run() -> None:
         step = make_step(cfg, batch_size)
-        # AdamW makes its state in the first of all steps: here without the cost of a forward and backward.
+        # AdamW makes its state in its first step: here without the cost of a forward and backward pass.
         for group in step.optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = torch.zeros_like(parameter)

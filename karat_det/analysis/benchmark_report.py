@@ -1,4 +1,4 @@
-"""What a benchmark found: its rows, and the table and the plot that are made of them."""
+"""Results of a benchmark: its rows, and the table and the plot of them."""
 
 import json
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ class Comparison:
     """One row of the table.
 
     Attributes:
-        measured: what was measured.
-        over: what it is compared with.
-        value, reference: of the two, in seconds, bytes, multiply-adds or images a second.
-        unit: they are shown in: a key of _UNITS.
-        goal: what the ratio must not exceed on two CPU cores with the default sizes, if it has one.
+        measured: the quantity.
+        over: the other one, which it is compared with.
+        value, reference: the two, in seconds, bytes, multiply-adds or images a second.
+        unit: the unit of the table, a key of _UNITS.
+        goal: the largest allowed ratio on two CPU cores with the default sizes, if there is one.
     """
 
     measured: str
@@ -50,7 +50,7 @@ class ScalingPoint:
 
 @dataclass
 class Results:
-    """What a benchmark found; `machine` says where."""
+    """Results of a benchmark on one machine."""
 
     machine: str
     comparisons: list[Comparison] = field(default_factory=list)

@@ -1,8 +1,8 @@
-"""Runs groups of checks, each group in a process of its own and all within a time, and makes one table of their rows.
+"""Runs groups of checks, each group in its own process and all within a time limit, and makes one table of their rows.
 
-A check that fails costs its own row alone. An exception becomes the row, its trace a file. A process that dies, as one
-does whose GPU has met an illegal address, or that says nothing for too long, is replaced by one that goes on behind
-the check it was at. What the time did not suffice for is in the table by its name.
+A check that fails affects only its own row. An exception becomes the row, its trace a file. A process that dies, for
+example of an illegal address on the GPU, or is silent for too long, is replaced by one that goes on after the check
+that it was at. Checks that the time did not suffice for are in the table by name.
 """
 
 import contextlib
@@ -26,10 +26,10 @@ import torch
 from tabulate import tabulate
 
 PASS, FAIL, SKIPPED = "pass", "**fail**", "skipped"
-# The goal of what is measured without one.
+# The goal of a measurement without one.
 FOR_THE_RECORD = "for the record"
 _LONGEST_MESSAGE = 300
-# A fork of a process that has asked for its GPUs cannot use them.
+# A fork of a process that has used CUDA cannot use it.
 _CONTEXT = multiprocessing.get_context("spawn")
 
 
@@ -39,7 +39,7 @@ class Skip(Exception):
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table: what was measured, the figures, what they should be, and PASS, FAIL or SKIPPED."""
+    """One row of the table: its name, the figures, their goal, and PASS, FAIL or SKIPPED."""
 
     name: str
     measured: str
@@ -52,8 +52,8 @@ class Check:
     """One check.
 
     Args:
-        name: of its row, or of the check where there are several rows; unique.
-        function: of a module, for another process calls it. It returns its rows, and raises Skip.
+        name: its row's, or the check's if it has several rows; unique.
+        function: a module's, since another process calls it. It returns its rows, or raises Skip.
         arguments: by name.
     """
 
@@ -68,10 +68,10 @@ def run_checks(
     """Yields the rows of all checks, in their order.
 
     Args:
-        groups: checks by the name of their group; what a process of a group prints goes to `<group>.log`.
+        groups: checks by the name of their group; the output of a group's process goes to `<group>.log`.
         output_dir: an existing folder, for these logs and for the trace of each check that raised an exception.
-        seconds: when they are over, checks that have not ended are skipped.
-        patience: seconds that one check may take.
+        seconds: time for all checks; those that have not ended by then are skipped.
+        patience: seconds for one check.
     """
     end = time.monotonic() + seconds
     for group, checks in groups.items():
@@ -87,7 +87,7 @@ def run_checks(
 def _run_until_it_breaks(
     group: str, left: deque[Check], output_dir: Path, end: float, patience: float
 ) -> Iterator[Row]:
-    """Runs checks in one new process and takes them from `left`; returns when none is left or the process is gone."""
+    """Runs checks in one new process and removes them from `left`, until none is left or the process is gone."""
     receiver, sender = _CONTEXT.Pipe(duplex=False)
     process = _CONTEXT.Process(target=_work, args=(list(left), group, str(output_dir), sender))
     process.start()
@@ -126,7 +126,7 @@ def _end_of(status: int | None) -> str:
 
 
 def _end_with_children(process: multiprocessing.process.BaseProcess) -> None:
-    """Ends a process of `_work` and those that it has started."""
+    """Ends a process of `_work` and its child processes."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()  # it may not lead a group yet
@@ -134,7 +134,7 @@ def _end_with_children(process: multiprocessing.process.BaseProcess) -> None:
 
 
 def _work(checks: Sequence[Check], group: str, output_dir: str, sender: Connection) -> None:
-    """Makes checks one after the other in this process, and sends the rows of each."""
+    """Makes checks one by one in this process, and sends their rows."""
     os.setsid()  # so that all that a check starts can be ended with it
     log = open(Path(output_dir) / f"{group}.log", "a", buffering=1, encoding="utf-8")  # noqa: SIM115  to the very end
     for descriptor in (1, 2):  # of libraries, and of the processes that a check starts
@@ -173,7 +173,7 @@ def _shortened(message: str) -> str:
 
 
 def _frees_memory() -> bool:
-    """Gives the GPU's unused memory back; False where CUDA is broken, as it stays until its process ends."""
+    """Frees the GPU's unused memory; returns False if CUDA is broken, as it then is until the process ends."""
     gc.collect()
     if not torch.cuda.is_initialized():
         return True
@@ -195,7 +195,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def ratio(value: float, reference: float, unit: float) -> str:
-    """For example "1.25 × (5 : 4)": how many times the other, and both in a unit."""
+    """The ratio and both values in a unit, for example "1.25 × (5 : 4)"."""
     return f"{value / reference:.2f} × ({value / unit:,.4g} : {reference / unit:,.4g})"
 
 

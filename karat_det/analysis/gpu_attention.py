@@ -1,6 +1,6 @@
-"""What a GPU makes of the attention: its errors beside float64, its time and memory beside softmax, torch.compile.
+"""Checks of the attention on a GPU: errors over float64, time and memory over softmax, torch.compile.
 
-Every check takes a device, so that the CPU can go through the same lines with small sizes.
+Every check takes a device, so that tests run the same lines on the CPU with small sizes.
 """
 
 from collections.abc import Callable
@@ -24,11 +24,11 @@ from .measuring import Turns, peak_memory
 NO_BIAS, MASK, REL_POS, LEARNED_BIAS = "no bias", "mask", "relative positions", "learned bias"
 
 # Largest errors, over the largest value of a tensor. Products of single TensorFloat-32 factors, instead of the kernels'
-# three, are wrong by 3e-4 and more. Tensor cores cut off each of a thousand sums at N = 4096, which may cost 6e-5.
+# three, have errors of 3e-4 and more. Tensor cores truncate each of a thousand sums at N = 4096: errors up to 6e-5.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
-# torch.compile sums in another order, and in bfloat16 keeps float32 where eager rounds.
+# torch.compile sums in another order, and in bfloat16 keeps float32 where eager mode rounds.
 COMPILED_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
-# Scores that are in memory at a time, where they are exact.
+# Most float64 scores in memory at a time.
 _NUMBERS_AT_ONCE = 2**22
 
 
@@ -39,8 +39,8 @@ class AttentionCase:
     Attributes:
         grid: (H, W) of the N = H · W tokens.
         grid_size: G.
-        dtype: of query, key and value; bfloat16 is run under autocast.
-        scores: what is done to them, NO_BIAS, MASK (boolean), REL_POS (decomposed, from learned tables) or
+        dtype: query's, key's and value's; bfloat16 runs under autocast.
+        scores: their bias or mask: NO_BIAS, MASK (boolean), REL_POS (decomposed, from learned tables) or
             LEARNED_BIAS (N×N for each head, as Swin's).
         batch_size, num_heads, head_dim, rank: sizes.
     """
@@ -67,9 +67,9 @@ class AttentionCase:
         return KArAtOperator(self.num_heads, self.num_tokens, config).to(device)
 
     def make_inputs(self, device: str) -> tuple[dict[str, Tensor], Tensor | None, Tensor]:
-        """What is learned, the mask, and a gradient of the output; the same on each device."""
+        """Learned tensors, the mask, and a gradient of the output; the same on each device."""
         torch.manual_seed(1)
-        # As a layer that makes all three in one leaves them.
+        # Strided as in the output of one layer for all three.
         fused = torch.randn(self.batch_size, self.num_tokens, 3, self.num_heads, self.head_dim).to(device, self.dtype)
         query, key, value = fused.permute(2, 0, 3, 1, 4).unbind()
         learned = {"query": query, "key": key, "value": value}
@@ -147,7 +147,7 @@ def attend(
 def attend_exactly(
     operator: KArAtOperator, learned: dict[str, Tensor], mask: Tensor | None, gradient: Tensor
 ) -> dict[str, Tensor]:
-    """The same by the equation as it is written, in float64, for some rows of the scores at a time."""
+    """The same by the equation as written, in float64, for some rows of the scores at a time."""
     leaves = {**learned, **dict(operator.named_parameters())}
     leaves = {name: tensor.detach().double().requires_grad_() for name, tensor in leaves.items()}
     batch_size, heads, num_tokens, head_dim = learned["query"].shape
@@ -155,7 +155,7 @@ def attend_exactly(
     outputs = []
     for start in range(0, num_tokens, step):
         rows = slice(start, start + step)
-        # Formed anew each time: what one backward pass went through is gone.
+        # Formed anew each time: a backward pass frees its graph.
         query, key, value = leaves["query"], leaves["key"], leaves["value"]
         full, vertical, horizontal = (None if term is None else term[..., rows, :] for term in _bias(leaves))
         scores = Bias(full, vertical, horizontal).add_to(query[..., rows, :] @ key.transpose(-2, -1) * head_dim**-0.5)
@@ -177,7 +177,7 @@ def largest_error(actual: dict[str, Tensor], exact: dict[str, Tensor]) -> tuple[
     """The largest error of any tensor over its largest value, and that tensor's name."""
     errors = {}
     for name, tensor in exact.items():
-        # The least that counts, for tensors that are all zero.
+        # For tensors that are all zero.
         error = (actual[name].double() - tensor.double()).abs().max() / tensor.abs().max().clamp(min=1e-30)
         errors[name] = error.item() if error.isfinite() else float("inf")
     worst = max(errors, key=errors.__getitem__)
@@ -208,7 +208,7 @@ def check_times(device: str, shape: AttentionShape, dtype: torch.dtype, turns: T
 def check_compiled_attention(
     device: str, grid: tuple[int, int], dtype: torch.dtype, turns: Turns, backend: str = "inductor"
 ) -> list[Row]:
-    """A layer of attention with relative positions, compiled in one graph, beside the same as it is."""
+    """A layer of attention with relative positions, compiled in one graph, over the same one in eager mode."""
     torch.manual_seed(0)
     num_heads, head_dim = 3, 64
     attention = KArAtAttention(
@@ -227,7 +227,7 @@ def check_compiled_attention(
 def check_compiled_backbone(
     device: str, config_file: Path, opts: list[str], dtype: torch.dtype, turns: Turns, backend: str = "inductor"
 ) -> list[Row]:
-    """The backbone of a detector, compiled in one graph, beside the same as it is."""
+    """The backbone of a detector, compiled in one graph, over the same one in eager mode."""
     cfg = load_cfg(str(config_file), [*opts, "MODEL.DEVICE", device], own_data_needed=False)
     torch.manual_seed(0)
     backbone = build_model(cfg).backbone.eval()
@@ -269,7 +269,7 @@ def _check_compiled(
 
 
 def forward_and_backward(core: AttentionCore, inputs: list[Tensor]) -> Callable[[], Any]:
-    """A call that makes the gradients of inputs and parameters."""
+    """A call that computes the gradients of inputs and parameters."""
     gradient = torch.randn_like(inputs[0])
     leaves = [*inputs, *core.parameters()]
 
@@ -298,5 +298,5 @@ def _bias(leaves: dict[str, Tensor]) -> Bias:
 
 
 def _forbid_tf32() -> None:
-    """Products of float32 factors are exact: some containers have them rounded to TensorFloat-32 unless told not to."""
+    """Makes products of float32 factors exact: some containers round them to TensorFloat-32 by default."""
     torch.set_float32_matmul_precision("highest")

@@ -1,4 +1,4 @@
-"""What whoever has a GPU is asked to run once: all that cannot be tested without one, in under ten minutes.
+"""Checks for a user with a GPU: all that cannot be tested without one, in under ten minutes.
 
 Errors of the attention, training, resuming, several processes, torch.compile, and times; one Markdown table of it all.
 """
@@ -38,13 +38,13 @@ CHECKED_GRIDS = tuple(grid for grid in GRIDS if grid != (20, 20))
 
 
 def run_gpu_check(root: Path, output_dir: Path, device: str = "cuda", seconds: float = 570.0) -> tuple[str, bool]:
-    """Makes all checks, says what each found, and writes table.md.
+    """Makes all checks, logs the rows of each, and writes table.md.
 
     Args:
-        root: of the working copy, which has configs and tools.
+        root: the working copy, with configs and tools.
         output_dir: for the table, logs and traces; made if missing.
         device: "cuda".
-        seconds: what is not done by then is left out.
+        seconds: time for all checks; those that have not ended by then are left out.
 
     Returns:
         The report in Markdown, and whether no row failed.
@@ -58,7 +58,7 @@ def run_gpu_check(root: Path, output_dir: Path, device: str = "cuda", seconds: f
         taken = time.monotonic() - start
         print(f"{taken:4.0f} s: {row.result}: {row.name}: {row.measured}", flush=True)
         rows.append(row)
-        # After each, so that an end from outside loses nothing.
+        # After each, so that an interruption loses nothing.
         report = f"{make_report(rows)}\nIt took {taken:.0f} s.\n"
         (output_dir / "table.md").write_text(report, encoding="utf-8")
     return report, all(row.result != FAIL for row in rows)
@@ -156,7 +156,7 @@ def _gpus() -> list[str]:
 
 
 def _driver() -> str:
-    """Version of NVIDIA's driver, which PyTorch does not tell."""
+    """Version of NVIDIA's driver, which PyTorch does not know."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     if shutil.which(query[0]) is None:
         return "unknown (there is no nvidia-smi)"

@@ -1,7 +1,7 @@
-"""What a GPU makes of training: steps of ViTDet with softmax and with KArAt, resuming, and several processes.
+"""Checks of training on a GPU: steps of ViTDet with softmax and with KArAt, resuming, and several processes.
 
-Images are synthetic, or the embedded digits, so that no dataset has to be there. Every check takes a device, so that
-the CPU can go through the same lines with small sizes.
+Images are synthetic, or the embedded digits, so that no dataset is needed. Every check takes a device, so that tests
+run the same lines on the CPU with small sizes.
 """
 
 import gc
@@ -29,10 +29,10 @@ from .benchmark_detector import make_step
 from .check_runner import FAIL, FOR_THE_RECORD, PASS, Row, Skip, ratio
 from .measuring import peak_memory
 
-# How far KArAt's loss may be from softmax's after a few steps from random weights.
+# Largest relative difference of KArAt's loss to softmax's after a few steps from random weights.
 CLOSE = 0.2
-# Differences of the weights of a resumed run over what the steps since then changed: one step after the resume, when
-# only the order of atomic additions differs, and at the end, when that has led to other proposals.
+# Largest difference of a resumed run's weights to the unbroken run's, over their change since the checkpoint: one step
+# after it, when only the order of atomic additions differs, and at the end, when that has led to other proposals.
 ONE_STEP, AT_THE_END = 0.01, 0.2
 RESUMED_AT, NUM_STEPS = 4, 8
 
@@ -54,7 +54,7 @@ def check_training(
     Args:
         device: "cuda" or "cpu".
         config_file, opts: the detector with KArAt; softmax's is the same with MODEL.KARAT.ENABLED False.
-        batch_sizes: images a step; the first with which both fit the memory counts.
+        batch_sizes: images a step; the first with which both fit the memory is used.
         num_steps: at least 2.
 
     Raises:
@@ -119,7 +119,7 @@ def _rows_of_training(cfg: CfgNode, config_file: Path, batch_size: int, softmax:
 
 
 def take_steps(cfg: CfgNode, batch_size: int, num_steps: int) -> Steps:
-    """Builds a detector and takes steps with it; memory is what all that needs at its peak."""
+    """Builds a detector and takes steps with it; the peak memory is that of both."""
     wait = torch.cuda.synchronize if cfg.MODEL.DEVICE == "cuda" else lambda: None
     losses, seconds = [], []
     gc.collect()  # what an attempt with more images has left
@@ -134,7 +134,7 @@ def take_steps(cfg: CfgNode, batch_size: int, num_steps: int) -> Steps:
             step.train(index, index + 1)
             wait()
             seconds.append(time.perf_counter() - start)
-            # Of a step that was skipped, since something was not finite, the trainer keeps no loss.
+            # The trainer keeps no loss of a step that it skipped because something was not finite.
             losses.append(sum(step.last_losses.values()) if step.updated else math.nan)
 
     peak = peak_memory(run, cfg.MODEL.DEVICE)
@@ -147,9 +147,9 @@ def check_resume(device: str, root: Path, opts: Sequence[str], folder: Path) -> 
 
     Args:
         device: "cuda" or "cpu".
-        root: of the working copy.
+        root: the working copy.
         opts: overrides of configs/quickstart.yaml.
-        folder: an existing one, for what is written and removed again.
+        folder: an existing one, for files that are removed again.
 
     Raises:
         RuntimeError: there is no such device, or the command failed.
@@ -163,7 +163,7 @@ def _resume(device: str, root: Path, opts: Sequence[str], folder: Path) -> list[
     opts = [*opts, "SOLVER.CHECKPOINT_PERIOD", "1"]
     unbroken, resumed = folder / "unbroken", folder / "resumed"
     train_net(device, root, opts, folder, unbroken)
-    # What a run leaves that was stopped at this step.
+    # The state of a run that was stopped at this step.
     resumed.mkdir()
     checkpoint = f"model_{RESUMED_AT - 1:07d}.pth"
     (resumed / checkpoint).write_bytes((unbroken / checkpoint).read_bytes())
@@ -188,7 +188,7 @@ def check_processes(device: str, root: Path, opts: Sequence[str], folder: Path, 
 
     Args:
         device, root, opts, folder: as for `check_resume`.
-        num_processes: by nccl a GPU each; by gloo on the CPU.
+        num_processes: with nccl on a GPU each, or with gloo on the CPU.
 
     Raises:
         Skip: there are fewer GPUs.
@@ -229,7 +229,7 @@ def train_net(
     """Runs tools/train_net.py with the quickstart config on a few scenes of digits in `folder`.
 
     Raises:
-        RuntimeError: it ended with another status than 0.
+        RuntimeError: its status is not 0.
     """
     generate_digits(folder / "datasets", {"train": 8, "val": 1})
     opts = [*opts, "SOLVER.MAX_ITER", str(NUM_STEPS), "SOLVER.WARMUP_ITERS", "0", "DATASETS.TEST", "()"]
@@ -246,7 +246,7 @@ def train_net(
 
 
 def weights_of(run: Path, num_steps: int) -> Tensor:
-    """All floating point weights of a run after so many steps, in one row of float64."""
+    """All floating point weights of a run after a number of steps, in one row of float64."""
     checkpoint = run / f"model_{num_steps - 1:07d}.pth"
     state = read_weights(str(checkpoint if checkpoint.exists() else run / "model_final.pth"))["model"]
     return torch.cat([state[name].double().flatten() for name in sorted(state) if state[name].is_floating_point()])

@@ -1,7 +1,7 @@
-"""The names of classes as matplotlib draws them: as they are written, in any script that a font of the machine has.
+"""Makes matplotlib draw names of classes correctly, in any script that a font of the machine has.
 
-matplotlib takes what stands between two dollar signs for a formula, has one font, DejaVu Sans, unless it is given more,
-and before its version 3.11 draws characters from left to right, each by itself.
+matplotlib reads text between two dollar signs as a formula, has one font, DejaVu Sans, unless it is given more, and
+before its version 3.11 draws characters from left to right, each by itself.
 """
 
 import functools
@@ -18,7 +18,7 @@ from matplotlib.text import Text
 logger = logging.getLogger(__name__)
 
 _FIRST_FAMILY = "DejaVu Sans"
-# In place of a character that no font has.
+# Replaces a character that no font has.
 _MISSING = "□"
 # Scripts whose letters change their shape or order with their neighbours; by the first and last of their characters.
 _JOINED = ("\u0900", "\u0dff"), ("\u0f00", "\u109f"), ("\u1780", "\u17ff")
@@ -32,24 +32,24 @@ class Lettering:
 
     Attributes:
         names: each name, as characters to draw from left to right.
-        families: the fonts that have these, for matplotlib's fallback.
+        families: fonts that have them, for matplotlib's fallback.
     """
 
     names: tuple[str, ...]
     families: tuple[str, ...]
 
     def apply(self, texts: Iterable[Text]) -> None:
-        """Makes texts that hold the names be drawn literally, in these fonts."""
+        """Makes texts with the names be drawn literally, in these fonts."""
         for text in texts:
             text.set_parse_math(False)
             text.set_fontfamily(list(self.families))
 
 
 def lettering(names: Sequence[str]) -> Lettering:
-    """Finds fonts for names; what no font has is a box in the names, and named in the log once.
+    """Finds fonts for names. A character that no font has becomes a box, and is named in the log once.
 
     Args:
-        names: of classes, in any script.
+        names: the classes', in any script.
     """
     return _lettering(tuple(map(str, names)))
 
@@ -64,7 +64,7 @@ def _lettering(names: tuple[str, ...]) -> Lettering:
         if family is not None:
             families[family] = None
             return character
-        # Of these, nothing is seen: marks of direction, joiners, variants of emoji.
+        # Invisible: marks of direction, joiners, variants of emoji.
         if unicodedata.category(character) == "Cf" or "\ufe00" <= character <= "\ufe0f":
             return ""
         missing[character] = None
@@ -97,10 +97,10 @@ def _family_with(character: str) -> str | None:
 
 
 def _first_family_with(character: str, fonts: Iterable[font_manager.FontEntry]) -> str | None:
-    # Upright fonts without serifs are read best; Computer Modern has other glyphs than its characters say.
+    # Upright fonts without serifs are the most readable; Computer Modern has other glyphs for its characters.
     fonts = [font for font in fonts if not font.name.startswith(("cm", "Last Resort"))]
     for font in sorted(fonts, key=lambda font: (font.style != "normal", "Sans" not in font.name, font.name)):
-        # matplotlib takes fonts by family, and of a family the regular one.
+        # matplotlib chooses a font by its family, and there the regular one.
         if ord(character) in _characters(font.fname):
             regular = font_manager.findfont(font.name, fallback_to_default=True)
             if ord(character) in _characters(regular):
@@ -118,7 +118,7 @@ def _characters(path: str) -> frozenset[int]:
 
 @functools.lru_cache(maxsize=1)
 def _new_fonts() -> list[font_manager.FontEntry]:
-    """Fonts that were installed after matplotlib made its list, which it keeps in a file; now they are in the list."""
+    """Fonts installed after matplotlib made its list, which it keeps in a file; adds them to the list."""
     manager = font_manager.fontManager
     listed = {font.fname for font in manager.ttflist}
     start = len(manager.ttflist)
@@ -131,7 +131,7 @@ def _new_fonts() -> list[font_manager.FontEntry]:
 
 
 def _from_left_to_right(name: str) -> str:
-    """A name in the order in which its characters stand; one line, accents composed, Arabic letters joined."""
+    """A name in the visual order of its characters: one line, accents composed, Arabic letters joined."""
     name = " ".join(unicodedata.normalize("NFC", name).split())
     name = "".join(c for c in name if unicodedata.category(c) != "Cc")
     directions = [unicodedata.bidirectional(c) for c in name]
@@ -141,13 +141,13 @@ def _from_left_to_right(name: str) -> str:
 
 
 def _reordered(name: str) -> str:
-    """The characters of a name, some of which run from right to left, as they stand from left to right.
+    """The characters of a name, some of which run from right to left, in their visual order from left to right.
 
-    By Unicode's bidirectional algorithm, but for embeddings and mirrored brackets.
+    This is Unicode's bidirectional algorithm without embeddings and mirrored brackets.
     """
     strong = [{"L": False, "R": True, "AL": True}.get(unicodedata.bidirectional(c)) for c in name]
     base = next(to_left for to_left in strong if to_left is not None)
-    # Numbers and accents go with what is before them; signs with their neighbours, where both run alike.
+    # Numbers and accents take the direction before them; signs that of their neighbours, where both agree.
     to_left: list[bool | None] = []
     before = base
     for character, own in zip(name, strong, strict=True):
@@ -170,7 +170,7 @@ def _reordered(name: str) -> str:
 
 
 def _mirrored(run: str) -> str:
-    """A run from right to left: its last character first, but accents behind their letters, and numbers as they are."""
+    """A run from right to left: its last character first, but accents after their letters, and numbers unchanged."""
     return "".join(reversed(re.findall(r"\d+(?:[.,:/]\d+)*|.[\u0300-\u036f\u0591-\u05c7\u064b-\u065f\u0670]*", run)))
 
 
@@ -187,7 +187,7 @@ def _arabic_forms() -> dict[str, dict[str, str]]:
 
 
 def _joined_arabic(name: str) -> str:
-    """The name with each Arabic letter in the form that its neighbours ask for."""
+    """The name with each Arabic letter in the form that its neighbours require."""
     forms = _arabic_forms()
     letters: list[str] = []
     for character in name:

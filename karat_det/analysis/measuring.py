@@ -1,8 +1,8 @@
-"""How time and memory are measured here.
+"""Measures time and memory.
 
-Whatever is compared runs in one process on the same tensors, the variants taking turns, and the median of the turns
-counts. Peak memory is measured in a fresh process for each variant: on CUDA it is the allocator's, on the CPU the peak
-of the process's resident memory, both beyond what was held before.
+Variants are timed in one process on the same tensors, in turns, and the median of the turns counts. Peak memory is
+measured in a fresh process for each variant: the allocator's on CUDA, the process's resident memory on the CPU, both
+beyond what was in use before.
 """
 
 import ctypes
@@ -32,11 +32,11 @@ class Turns:
     """How functions are timed.
 
     Attributes:
-        repeats: turns that each takes.
-        seconds: no turn begins after so many, except the first three: a median needs them.
-        device: "cpu", or "cuda" to wait for what was started there.
-        turn_seconds: a turn is as many calls as fill this time. A model runs its own blocks one after the other, not
-            in turns with another's.
+        repeats: turns of each function.
+        seconds: no turn begins after this time, except the first three: a median needs them.
+        device: "cpu", or "cuda" to wait for its kernels.
+        turn_seconds: a turn is as many calls as fill this time, since a model runs its own blocks one after the other,
+            not in turns with another's.
     """
 
     repeats: int = 15
@@ -45,7 +45,7 @@ class Turns:
     turn_seconds: float = 0.02
 
     def median_seconds(self, functions: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
-        """Median seconds of a call of each of some functions that take turns, after each has run twice."""
+        """Median seconds of a call of each function. They take turns, after each has run twice."""
         wait = torch.cuda.synchronize if self.device == "cuda" else lambda: None
 
         def seconds_of(function: Callable[[], Any], calls: int) -> float:
@@ -72,7 +72,7 @@ class Turns:
 def bytes_kept(module: nn.Module, inputs: Sequence[Tensor]) -> int:
     """Bytes of memory that autograd keeps between a module's forward and its backward.
 
-    Every storage that is saved counts, once and whole: inputs, parameters and outputs too.
+    Every saved storage counts once and whole, inputs, parameters and outputs included.
     """
     storages = {}
 
@@ -82,7 +82,7 @@ def bytes_kept(module: nn.Module, inputs: Sequence[Tensor]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = module(*inputs)  # holds what is kept, so that no address comes twice
+        output = module(*inputs)  # keeps all storages alive, so that no address comes twice
     del output
     return sum(storages.values())
 
@@ -90,18 +90,18 @@ def bytes_kept(module: nn.Module, inputs: Sequence[Tensor]) -> int:
 def multiply_adds(module: nn.Module, inputs: Sequence[Tensor]) -> int:
     """Multiply-adds of a forward pass over the first item of a batch, as fvcore counts them.
 
-    Those of matrix products count, sines and exponentials do not.
+    Matrix products count, sines and exponentials do not.
     """
-    # fvcore misses the batch dimension of a product whose first factor is broadcast along it, as Wᵀ is to meet V.
+    # fvcore misses the batch dimension of a product whose first factor is broadcast along it, as in Wᵀ V.
     count = FlopCountAnalysis(module, tuple(x[:1] for x in inputs))
     return int(count.unsupported_ops_warnings(False).uncalled_modules_warnings(False).total())
 
 
 def peak_memory(function: Callable[[], Any], device: str) -> int:
-    """Bytes that a call needs at its peak, beyond what was held before it.
+    """Bytes that a call needs at its peak, beyond what was in use before it.
 
-    On the CPU it is the process's resident memory that counts, which Linux knows to some 100 KiB for each core; a
-    process that ran something else before may have memory left over that it uses again.
+    On the CPU this is the process's resident memory, which Linux counts to some 100 KiB for each core. A process that
+    ran something else before may reuse its memory.
 
     Raises:
         OSError: the device is the CPU, and the system is not Linux or does not let a process reset its peak.
@@ -156,21 +156,21 @@ def _prepare(threads: int) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Lets malloc use again what large tensors leave, where as it is it gives them back and asks for pages anew.
+    """Makes malloc reuse the memory of large tensors, which it otherwise returns to the system and asks for anew.
 
-    Page faults of a step are millions, and their time varies by more than the models differ.
+    A step has millions of page faults, whose time varies by more than the models differ.
     """
     _set_malloc(_M_MMAP_MAX, 0)
     _set_malloc(_M_TRIM_THRESHOLD, -1)
 
 
 def _set_malloc(option: int, value: int) -> None:
-    """Sets an option of glibc's malloc in this process. Other C libraries have none, and are left as they are."""
+    """Sets an option of glibc's malloc in this process. Other C libraries have no such options."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(option, value)
 
 
 def _resident(key: str) -> int:
-    """Bytes of this process's memory: VmRSS is now, VmHWM the peak."""
+    """Bytes of this process's memory: VmRSS is the current value, VmHWM the peak."""
     return 1024 * int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1])

@@ -6,10 +6,10 @@ A study is a YAML file:
     SETTINGS: {KEY: value} of all runs
     SEEDS: [1, 2, 3]
     STARTS:
-      random: {}                # nothing: random weights
-      softmax: {KEY: value, …}  # what else to train first; its backbone is what the runs start from
+      random: {}                # random weights
+      softmax: {KEY: value, …}  # settings of a run to train first; the others start from its backbone
     VARIANTS:
-      name: {KEY: value, …}     # the first is what the others are compared with
+      name: {KEY: value, …}     # the others are compared with the first
 """
 
 import json
@@ -48,7 +48,7 @@ Settings = dict[str, Any]
 
 @dataclass(frozen=True)
 class Study:
-    """A study as its file says, see the module's docstring. `config` is a path; settings map keys to values."""
+    """A study's file, see the module's docstring. `config` is a path; settings map keys to values."""
 
     config: Path
     settings: Settings
@@ -112,7 +112,7 @@ class Study:
             )
 
     def runs(self) -> Iterator[tuple[str, str, int]]:
-        """(variant, start, seed) of every run, seed by seed: a study that is cut short has compared all variants."""
+        """(variant, start, seed) of every run, seed by seed, so that an interrupted study has compared all variants."""
         for seed in self.seeds:
             for start in self.starts:
                 for variant in self.variants:
@@ -122,13 +122,13 @@ class Study:
 def run_study(study: Study, output_dir: str | Path, jobs: int) -> str:
     """Trains and evaluates every run that has no result yet, several at a time, and writes the report after each.
 
-    A run is a folder of its own, with its console in console.txt. One that was interrupted goes on from its last
-    checkpoint. One that diverged is a result.
+    Each run has its own folder, with its console in console.txt. An interrupted run goes on from its last checkpoint. A
+    run that diverged is a result.
 
     Args:
         study: what to train.
         output_dir: folder of the study.
-        jobs: how many runs go on at a time; each has a GPU, or else a core.
+        jobs: how many runs train at a time; each has a GPU, or else a core.
 
     Returns:
         The table of `write_report`.
@@ -153,7 +153,7 @@ def run_study(study: Study, output_dir: str | Path, jobs: int) -> str:
         return {"variant": variant, "start": start, "seed": seed, **result}
 
     with ThreadPoolExecutor(jobs) as pool:
-        # Submitted first, so that what waits for them never keeps them from running.
+        # Submitted first, so that the runs that wait for them never block them.
         weights = {start: pool.submit(train_start, start) for start, settings in study.starts.items() if settings}
         futures = [pool.submit(train, index % jobs, *run) for index, run in enumerate(study.runs())]
         try:
@@ -261,8 +261,8 @@ def _plot(study: Study, values: dict, path: Path) -> None:
 def _train(study: Study, settings: Settings, folder: Path, job: int, weights: Path | None = None) -> dict[str, float]:
     """Trains one run to its end, unless it has a result, and returns its AP."""
     result, settings_file = folder / "result.json", folder / "settings.yaml"
-    # The whole config, since CONFIG may change too, but for what the machine decides and changes no result; and without
-    # the start's weights, whose path depends on --output's.
+    # The whole config, since CONFIG may change too, except keys that depend on the machine and change no result, and
+    # the start's weights, whose path depends on --output.
     cfg = load_cfg(str(study.config), _words(settings)).clone()
     cfg.defrost()
     cfg.MODEL.DEVICE, cfg.DATALOADER.NUM_WORKERS = "", 0
@@ -297,7 +297,7 @@ def _train(study: Study, settings: Settings, folder: Path, job: int, weights: Pa
     else:
         raise RuntimeError(f"{folder}: training ended with status {status}; see console.txt there.")
     write_whole(result, lambda partial: Path(partial).write_text(json.dumps(figures) + "\n", encoding="utf-8"))
-    # Only now: without a result the run would want its last checkpoint.
+    # Not before: without a result the run would need its last checkpoint.
     for checkpoint in folder.glob("model_*.pth"):
         if checkpoint.name != "model_final.pth":
             checkpoint.unlink()
@@ -307,7 +307,7 @@ def _train(study: Study, settings: Settings, folder: Path, job: int, weights: Pa
 def _last_evaluation(path: Path) -> dict[str, float]:
     for record in reversed(read_metrics(path)):
         if all(metric in record for metric in _METRICS):
-            # Detectron2 says NaN where nothing was predicted at all: no object was found, which is an AP of 0.
+            # Detectron2 gives NaN where nothing was predicted at all: no object was found, which is an AP of 0.
             return {metric: 0.0 if math.isnan(record[metric]) else record[metric] for metric in _METRICS}
     raise RuntimeError(
         f"{path} has no evaluation with {' and '.join(_METRICS)}: a study needs DATASETS.TEST and masks."
@@ -315,11 +315,11 @@ def _last_evaluation(path: Path) -> dict[str, float]:
 
 
 def _backbone_alone(folder: Path) -> Path:
-    """Writes what a run's final weights have of the transformer to a file of its own."""
+    """Writes the transformer of a run's final weights to a separate file."""
     path = folder / "backbone.pth"
     if not path.is_file():
         model = torch.load(folder / "model_final.pth", map_location="cpu", weights_only=True)["model"]
-        # As ViTDet and Swin's detector call it.
+        # Its name in ViTDet and in Swin's detector.
         names = ("backbone.net.", "backbone.bottom_up.")
         backbone = {key: value for key, value in model.items() if key.startswith(names)}
         write_whole(path, lambda partial: torch.save({"model": backbone}, partial))

@@ -1,4 +1,4 @@
-"""Pictures of what a detector finds, beside the ground truth where there is one, and its results as COCO JSON.
+"""Pictures of a detector's predictions, beside the ground truth if there is one, and its results as COCO JSON.
 
 Masks, boxes, class names and scores are drawn by Detectron2's Visualizer. A class has its colour in every picture, so
 that a prediction can be compared with its ground truth at a glance; further instances of a class in an image take
@@ -38,13 +38,13 @@ logger = logging.getLogger(__name__)
 # Shorter side in pixels to which smaller images are enlarged, unless the longer one would then exceed its limit.
 MIN_SHORT_SIDE = 448
 MAX_LONG_SIDE = 2048
-# Side and area in pixels to which larger images are reduced: a JPEG has at most 65,535 pixels a side, and two pictures
-# stand side by side; drawing takes some 30 bytes a pixel.
+# Side and area in pixels to which larger images are reduced: a JPEG has at most 65,535 pixels a side, for two pictures
+# side by side; drawing takes some 30 bytes a pixel.
 MAX_SIDE = 32_000
 MAX_AREA = 1 << 25
 _TITLE_SIZE = 20
 _GAP = 8
-# What no other image would fare better with.
+# Errors that every other image would meet too.
 _NO_MORE_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
@@ -54,7 +54,7 @@ class FailedImagesError(RuntimeError):
 
 @dataclass(frozen=True)
 class Classes:
-    """What the class numbers of a model mean.
+    """The meaning of a model's class numbers.
 
     Attributes:
         names: the name of each class.
@@ -66,7 +66,7 @@ class Classes:
 
 
 def dataset_classes(dataset_names: Sequence[str], num_classes: int) -> Classes:
-    """The classes of the first of some datasets, or their numbers where it does not say what they are.
+    """The classes of the first of some datasets, or their numbers if it does not name them.
 
     Args:
         dataset_names: DATASETS.TEST; its datasets need not be there.
@@ -99,8 +99,8 @@ def dataset_classes(dataset_names: Sequence[str], num_classes: int) -> Classes:
 def image_records(paths: Sequence[str]) -> list[dict[str, Any]]:
     """Finds the images among files and folders, in the format of a dataset; their ids count from 1.
 
-    The files of a folder that are no images are left out, with a line in the log; its subfolders are not searched. What
-    is an image by its name, or is named here beside others, stays: `predict` says why it cannot be read.
+    A folder's files that are no images are left out, with a line in the log; its subfolders are not searched. A file
+    with an image's name, or one of several named here, stays: `predict` reports why it cannot be read.
 
     Args:
         paths: images and folders of images.
@@ -121,7 +121,7 @@ def image_records(paths: Sequence[str]) -> list[dict[str, Any]]:
         entries = sorted(entry.path for entry in os.scandir(path) if not os.path.isdir(entry.path))
         skipped = []
         for entry, header in zip(entries, read_headers(entries), strict=True):
-            # One that is an image by its name is not passed over.
+            # A file with an image's name is not left out.
             named_so = os.path.isfile(entry) and os.path.splitext(entry)[1].lower() in Image.registered_extensions()
             if isinstance(header, OSError) and not named_so:
                 skipped.append(os.path.basename(entry))
@@ -137,7 +137,7 @@ def image_records(paths: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def picture_paths(records: Sequence[dict[str, Any]], output_dir: str) -> list[Path]:
-    """The file that each record's picture is written to, named after its image.
+    """The file for each record's picture, named after its image.
 
     Where two images have the same name, in two folders for example, every picture also carries its image's id, or its
     number from 1 where ids are text.
@@ -178,13 +178,13 @@ def predict(
 
     Args:
         model: a Mask R-CNN or Faster R-CNN of Detectron2.
-        mapper: turns a record into what the model takes.
-        classes: what the model's class numbers mean.
+        mapper: turns a record into the model's input.
+        classes: the meaning of the model's class numbers.
         records: images in Detectron2's dataset format.
         output_dir: an existing folder.
         ground_truth: draw the annotations of a record beside the predictions.
         threshold: predictions with a lower score are not drawn.
-        top_k: at most so many predictions are drawn an image, the highest scores first; None for no limit.
+        top_k: the most predictions to draw an image, the highest scores first; None for no limit.
 
     Returns:
         All predictions as COCO results, with the dataset's category ids.
@@ -214,12 +214,12 @@ def predict(
                     panels["ground truth"] = draw_ground_truth(image, record.get("annotations", []), classes.names)
                 panels["prediction"] = draw_predictions(image, instances, classes.names, threshold, top_k)
                 side_by_side(panels).save(path, quality=95)
-            except Exception as error:  # whatever one image brings about is to cost no other one
+            except Exception as error:  # one image's error must not affect another image
                 if isinstance(error, OSError) and error.errno in _NO_MORE_WRITING:
                     raise
                 failed.append(record["file_name"])
                 logger.error("No picture of %s: %s: %s", record["file_name"], type(error).__name__, error)
-                # Of an earlier run, or written in part.
+                # An earlier run's, or written in part.
                 path.unlink(missing_ok=True)
     _write_json(Path(output_dir, "coco_instances_results.json"), results)
     if not ground_truth:
@@ -337,7 +337,7 @@ def _pull_labels_inside(visualizer: Visualizer) -> None:
 
 
 def _colors(classes: Sequence[int], boxes: np.ndarray) -> list[tuple[float, float, float]]:
-    """Bright RGB colours for instances: their class's for the leftmost of a class, neighbouring hues to its right."""
+    """Bright RGB colours for instances: the class's for its leftmost instance, neighbouring hues to the right."""
     seen: Counter[int] = Counter()
     colors = [(0.0, 0.0, 0.0)] * len(classes)
     for i in np.argsort(boxes[:, 0], kind="stable"):
