@@ -5,6 +5,11 @@ projects its r units back to N. Equation 2 and section 4 of "Kolmogorov-Arnold a
 
 `activate` is that equation. `attend` is its product with the values, and needs no N×N matrix: W is linear, so
 σ̂(A) V = Φ̂[A] (Wᵀ V), a product of (N, r) and (r, d). `backends` sums the functions over scores that are not kept.
+
+To try another σ̂, change this file: `_activate` is what a head does to its scores, `_attend` the same times V, and
+test_operator.py compares the two. `FunctionLayer._sums` is Φ̂ in plain PyTorch, a row of scores for each query. The back
+ends of a Fourier series serve functions that all queries share: where yours differ, have `score_sums` and
+`_project_after` use `_sums`, as they do for other families, which basis.py has.
 """
 
 import math

@@ -376,7 +376,8 @@ class Plan {
     int64_t wanted = threads / heads;  // for the tasks of the same heads
     items = in.items >= 8 * wanted ? wanted : std::max<int64_t>(1, std::gcd(in.items, wanted));
     tiles = std::clamp<int64_t>(wanted / items, 1, std::max<int64_t>(1, in.tiles()));
-    if (heads * items * tiles < threads) heads = in.heads;
+    // Where a task has one item, one head after the other is as near, and its gradients take less memory.
+    if (heads * items * tiles < threads || items == in.items) heads = in.heads;
   }
   int64_t sums() const { return items * tiles; }
   int64_t size() const { return heads * sums(); }
