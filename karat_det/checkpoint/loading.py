@@ -1,8 +1,7 @@
-"""Weights into models: safe reading, and an account of what was loaded that a user can check.
+"""Loads weights into models safely, and reports what was loaded so that a user can check it.
 
-What the files are is in files.py, in what names they have the weights in layouts.py. Those saved here hold under
-"token_grids" the grid of each operator's tokens too, and under "operator_config" the fields of their KArAtConfig and
-their "sharing".
+files.py reads the files, layouts.py knows the names of weights in them. Files saved here also have under "token_grids"
+the grid of each operator's tokens, and under "operator_config" the fields of their KArAtConfig and their "sharing".
 """
 
 import logging
@@ -28,19 +27,19 @@ from .run_folder import check_finite, checkpoints, write_checkpoint
 
 logger = logging.getLogger(__name__)
 
-# What two operators with the same tensors may differ in and be the same function: of KArAtConfig all else, a field that
-# is added to it too, makes another one. Sharing is compared by names of tensors.
+# Settings in which two operators with the same tensors may differ and be the same function. Every other field of
+# KArAtConfig, including one added later, makes another function. Sharing shows in the names of tensors.
 _HARMLESS = {"rank", "num_karat_heads", "triton", "sharing"}
-# Harmless too, but for B-splines: their G + k + 1 coefficients do not show G, k and the range.
+# Harmless too, except for B-splines: their G + k + 1 coefficients do not show G, k and the range.
 _SPLINE = {"grid_size", "spline_order", "spline_range"}
 # Swin's index of pairs of tokens: a constant, which files of other layouts do not have.
 _COMPUTED_BY_THE_MODEL = "relative_position_index"
 
 
 class SafeCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer, but it runs no code from a file and stops where weights do not fit the model.
+    """Detectron2's checkpointer, but it runs no code from a file and stops if weights do not fit the model.
 
-    Weights of another layout get the model's names, and those of a model for another image or window size are resampled
+    Weights of another layout get the model's names. Weights of a model for another image or window size are resampled
     to its tokens, unless a run resumes: the state of its optimiser would no longer fit.
 
     Args:
@@ -48,10 +47,10 @@ class SafeCheckpointer(DetectionCheckpointer):
         save_dir: folder of the run's checkpoints.
         strict: whether tensors that the model lacks, or that have another shape than the model's, stop the run, and a
             ViT or Swin in the file that lacks blocks of the model's.
-        complete: whether any tensor that the file lacks stops it too, but for operators that not being `strict` leaves
-            out as other functions. A run that resumes or evaluates wants that, one that starts from a pretrained
-            backbone or from a classifier for other classes does not.
-        classes: names of a classifier's, where they are known: unless `complete`, a head for others is left out.
+        complete: whether any tensor that the file lacks stops it too, except operators left out as other functions when
+            not `strict`. It is for resuming and evaluating, and not for a start from a pretrained backbone or from a
+            classifier for other classes.
+        classes: names of a classifier's classes, if known: unless `complete`, a head for others is left out.
         checkpointables: further objects with a state dict, as for Detectron2's.
     """
 
@@ -75,7 +74,7 @@ class SafeCheckpointer(DetectionCheckpointer):
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Continues from the run's last checkpoint if `resume` and there is one, else loads the model from `path`.
 
-        Where the last checkpoint cannot be read, as after a power cut, the one before it takes its place, and the log
+        If the last checkpoint cannot be read, for example after a power cut, the one before replaces it, and the log
         says so.
 
         Raises:
@@ -100,11 +99,11 @@ class SafeCheckpointer(DetectionCheckpointer):
     def save(self, name: str, **extra: Any) -> None:
         """Saves model and checkpointables as name.pth, and names it the last checkpoint.
 
-        Unlike Detectron2's it never leaves half a file under that name: the old one stands until the new one is whole.
-        All processes must call it, since states may be gathered; the main one alone writes.
+        Unlike Detectron2's it never leaves half a file under that name: the old one stays until the new one is whole.
+        All processes must call it, since states may be gathered; only the main one writes.
 
         Raises:
-            OSError: it cannot be written, as where a disk is full.
+            OSError: it cannot be written, for example on a full disk.
             FloatingPointError: something in it is not finite.
         """
         states = {key: checkpointable.state_dict() for key, checkpointable in self.checkpointables.items()}
@@ -191,7 +190,7 @@ class SafeCheckpointer(DetectionCheckpointer):
             return file
         expected = self.model.state_dict().keys()
         state, grids, file.source, file.ignored = convert_state(file.state, grids, expected)
-        # Only to start from: what was trained as universal is not evaluated as another model.
+        # Only for a start: weights trained as universal are not evaluated as another model.
         starts = not self.complete and (self.strict or not file.different)
         if starts and (copies := copy_operator_to_blocks(state, grids, expected)):
             file.source += f", its operator copied to {copies} blocks"
@@ -215,10 +214,10 @@ class SafeCheckpointer(DetectionCheckpointer):
         return _Outcome(loaded, absent, incompatible.incorrect_shapes, incompatible.unexpected_keys)
 
     def _report(self, file: "_File", outcome: "_Outcome") -> None:
-        """Says in the log what became of the tensors of the file and of the model."""
+        """Logs what became of the tensors of the file and of the model."""
         loaded, absent = outcome.loaded, outcome.absent
         count = len(self.model.state_dict())
-        # Where all of both is loaded, a list of it says nothing.
+        # If everything is loaded, a list of it is of no use.
         partly = absent or file.ignored or outcome.misfits or outcome.unexpected
         rows = f":\n{_by_module(loaded)}" if partly else ", which is all of the file and of the model"
         logger.info(
@@ -257,7 +256,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         logger.info("Weights of %s:\n%s", file.source or "a model with these names", tabulate(counts.items()))
 
     def _refuse_misfits(self, file: "_File", outcome: "_Outcome") -> None:
-        """Raises ValueError where the file does not fit the model. If not strict, says in the log what is left out."""
+        """Raises ValueError if the file does not fit the model. If not strict, logs what is left out."""
         complaints = []
         if not outcome.loaded:
             names = list(dict.fromkeys(key.partition(".")[0] for key in file.state))
@@ -354,7 +353,7 @@ def load_weights(
 def check_weights_file(path: str, key: str = "MODEL.WEIGHTS") -> None:
     """Raises FileNotFoundError, naming `key`, unless `path` is a file; addresses with a scheme are PathManager's.
 
-    Raises ValueError where the file is none that can be read, as far as it shows that in a moment.
+    Raises ValueError if a look of a moment shows that the file cannot be read.
     """
     if not path:
         raise FileNotFoundError(
@@ -371,9 +370,9 @@ def check_weights_file(path: str, key: str = "MODEL.WEIGHTS") -> None:
 def _drop_foreign_head(
     state: dict[str, Tensor], model: nn.Module, theirs: list[str] | None, ours: list[str] | None
 ) -> dict[str, str]:
-    """Takes the head of a classifier for other classes out of a state dict. Returns its keys, and why.
+    """Removes a classifier's head for other classes from a state dict. Returns its keys, and why.
 
-    Classes are others where the file and the data name them differently, or have not the same number of them.
+    Classes differ if the file and the data name them differently, or have different numbers of them.
     """
     renamed = theirs is not None and ours is not None and theirs != ours
     dropped = {}
@@ -389,14 +388,14 @@ def _drop_foreign_head(
 
 
 def _drop(state: dict[str, Tensor], keys: Iterable[str], reason: str) -> dict[str, str]:
-    """Takes keys out of a state dict. Returns them, and why."""
+    """Removes keys from a state dict. Returns them, and why."""
     for key in keys:
         del state[key]
     return dict.fromkeys(keys, reason)
 
 
 def _lacking_parts(model: nn.Module, loaded: Collection[str], absent: Collection[str]) -> str:
-    """Says which parts of the model's transformer lack what, if the file has others of its parts; "" if none do."""
+    """Lists what parts of the model's transformer lack, if the file has others of its parts; "" if nothing."""
     kind, parts = required_tensors(model.state_dict().keys())
     loaded, absent = set(loaded), set(absent)
     if not any(key in loaded for keys in parts.values() for key in keys.values()):
@@ -419,7 +418,7 @@ def _operator_config(model: nn.Module) -> dict[str, Any]:
 
 
 def _different_settings(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """What makes operators whose config has these fields other functions than the model's."""
+    """The settings that make the file's operators other functions than the model's."""
     if not theirs:
         return []
     theirs = asdict(KArAtConfig()) | theirs  # a file from before a field was added has its default

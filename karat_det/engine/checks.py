@@ -17,7 +17,7 @@ from .ranges import check_ranges
 
 # Bytes of a file's name, on every common file system.
 _MAX_NAME = 255
-# Keys of Detectron2 that nothing here reads, and why. Whoever sets one expects something of it.
+# Detectron2 keys without effect here, and why. A user who sets one expects an effect.
 _WITHOUT_EFFECT = (
     ("SOLVER.MOMENTUM SOLVER.NESTEROV SOLVER.BIAS_LR_FACTOR SOLVER.WEIGHT_DECAY_*", "the optimiser is AdamW"),
     ("SOLVER.NUM_DECAYS", "it is for a schedule that is not offered"),
@@ -189,7 +189,7 @@ def _check_lists_that_belong_together(cfg: CfgNode) -> None:
         box_head.USE_SIGMOID_CE and all("class_image_count" in MetadataCatalog.get(each) for each in cfg.DATASETS.TRAIN)
     ):
         raise ValueError(
-            "MODEL.ROI_BOX_HEAD.USE_FED_LOSS is True. It needs USE_SIGMOID_CE True, and datasets that tell how many "
+            "MODEL.ROI_BOX_HEAD.USE_FED_LOSS is True. It needs USE_SIGMOID_CE True, and datasets that say how many "
             f"images each class is in, as LVIS does; DATASETS.TRAIN is {cfg.DATASETS.TRAIN}."
         )
     height, width = image_size(cfg)
@@ -244,7 +244,7 @@ def _check_lists_that_belong_together(cfg: CfgNode) -> None:
 
 
 def check_classes(what: str, theirs: list[str], ours: list[str]) -> None:
-    """Raises ValueError where the classes are others, or in another order: a label would mean another class."""
+    """Raises ValueError if the classes or their order differ: a label would mean another class."""
     if len(theirs) != len(ours):
         raise ValueError(
             f"{what} was trained on {len(theirs)} classes, and the data has {len(ours)}. Name the data that it was "

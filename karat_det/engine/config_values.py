@@ -13,7 +13,7 @@ from detectron2.config import CfgNode
 
 # Characters of a value on the command line or in a file.
 _MAX_LENGTH = 100_000
-# Values like those of keys whose default is None or empty, and so does not tell what they may hold.
+# Example values of keys whose default, None or empty, does not show their type.
 _LIKE: dict[str, Any] = {
     "MODEL.KARAT.NUM_KARAT_HEADS": 1,
     "MODEL.KARAT.BLOCKS": [0],
@@ -27,23 +27,23 @@ _LIKE: dict[str, Any] = {
     "KARAT_DATA.IMAGE_DIRS": ["path"],
     "SOLVER.WEIGHT_DECAY_BIAS": 0.0,
     "TEST.KEYPOINT_OKS_SIGMAS": [0.1],
-    # Integers in Detectron2's defaults, but any numbers will do.
+    # Integers in Detectron2's defaults, but floats are allowed too.
     "MODEL.ANCHOR_GENERATOR.SIZES": [[32.0]],
     "MODEL.ANCHOR_GENERATOR.ANGLES": [[0.0]],
-    # Of pretraining.
+    # Pretraining.
     **{f"MODEL.{key}": 1 for key in ("IMG_SIZE", "PATCH_SIZE", "EMBED_DIM", "DEPTH", "NUM_HEADS")},
     "MODEL.DROP_PATH_RATE": 0.1,
 }
-# Lists of different things, which have a check of their own.
+# Lists of mixed types, which have separate checks.
 _OF_ANYTHING = {"TEST.EXPECTED_RESULTS"}
-# Besides those whose default it is.
+# Besides keys whose default is None.
 _MAY_BE_NONE = {"MODEL.KARAT.RANK"}
 _WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
 _PLURALS = {bool: "True or False", int: "whole numbers", float: "numbers", str: "texts"}
 
 
 def merge_values(cfg: CfgNode, content: Mapping[str, Any], opts: list[str]) -> None:
-    """Sets what a file holds, and then what a command line says, in a config.
+    """Merges a file's content, and then a command line's overrides, into a config.
 
     Args:
         cfg: the defaults; changed in place.
@@ -73,7 +73,7 @@ def _set(cfg: CfgNode, key: str, given: Any, defaults: Mapping[str, Any], compla
 
 
 def leaves(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key of a config that is no section, and its value."""
+    """Every key of a config that is no section, with its value."""
     for key, value in cfg.items():
         if isinstance(value, CfgNode):
             yield from leaves(value, f"{prefix}{key}.")
@@ -86,8 +86,8 @@ def value_like(key: str, given: Any, default: Any) -> Any:
 
     Args:
         key: its name.
-        given: text, or what YAML makes of it. Text is read as Python's literals, where the key does not hold text.
-        default: the key's.
+        given: text, or a value from YAML. Text is parsed as a Python literal, unless the key's type is text.
+        default: the key's default.
 
     Raises:
         ValueError: it is of another type.
@@ -107,7 +107,7 @@ def value_like(key: str, given: Any, default: Any) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A value in a message: as in Python, but no longer than a line."""
+    """A value for a message: as in Python, but at most a line."""
     text = value if isinstance(value, str) and value.strip() == value and value else repr(value)
     return text if len(text) <= 100 else f"{text[:80]}… ({len(text):,} characters)"
 
@@ -130,7 +130,7 @@ def _converted(value: Any, example: Any, is_item: bool = False) -> Any:
             raise TypeError
         return kind(_converted(item, example[0], is_item=True) if example else item for item in value)
     if kind is float and type(value) is int:
-        # Within lists they stay as they are written, since messages show them.
+        # Within lists they stay as written, since messages show them.
         return value if is_item else float(value)
     if type(value) is not kind or (kind is float and math.isnan(value)) or (kind is str and "\0" in value):
         raise TypeError

@@ -1,6 +1,6 @@
-"""What a run does where it diverges, as SOLVER.ON_DIVERGENCE says: stop, skip the step, or go back to a checkpoint.
+"""Reactions to divergence, by SOLVER.ON_DIVERGENCE: stop, skip the step, or go back to a checkpoint.
 
-All processes decide alike: what one has seen must be agreed on before `Divergence.answer` is called.
+All processes decide the same: they must agree on what one has seen before they call `Divergence.answer`.
 """
 
 import logging
@@ -16,13 +16,13 @@ from ..checkpoint.run_folder import say_last_good
 logger = logging.getLogger(__name__)
 
 ACTIONS = ("skip_not_finite", "skip", "rollback", "stop")
-# The running median is of so many gradient norms, and no fewer than these, since the first steps differ.
+# Most and fewest gradient norms of the running median; the first steps differ from later ones.
 _NORMS, _FEWEST = 100, 5
 _COUNTS = ("skipped", "in_a_row", "rollbacks")
 
 
 class Divergence:
-    """Counts and answers a run's steps whose loss, gradient or update is not what training needs.
+    """Counts diverged steps, and skips them, takes the run back or ends it.
 
     Args:
         solver: SOLVER of either config.
@@ -38,11 +38,11 @@ class Divergence:
 
     @property
     def rate_factor(self) -> float:
-        """What the learning rate is multiplied by: a half for each time that the run went back."""
+        """Factor of the learning rate: a half for each time that the run went back."""
         return 0.5**self.rollbacks
 
     def spike(self, norm: float) -> str:
-        """Says why the norm of a gradient is a spike; "" if it is none, or spikes are let through."""
+        """Says why the norm of a gradient is a spike; "" if it is none, or spikes are allowed."""
         if self.action not in ("skip", "rollback") or len(self.norms) < _FEWEST:
             return ""
         usual = median(self.norms)
@@ -51,7 +51,7 @@ class Divergence:
         return f"The gradient's norm is {norm:.3g}, over {self.spike_factor:g} times the running median, {usual:.3g}."
 
     def passed(self, norm: float) -> None:
-        """Counts a step that has updated the weights, by a gradient of this norm."""
+        """Counts a step that has updated the weights, with the norm of its gradient."""
         self.norms.append(norm)
         self.in_a_row = 0
 
@@ -59,10 +59,10 @@ class Divergence:
         """Skips the step, or takes the run back, or ends it.
 
         Args:
-            reason: what is wrong, in a sentence.
-            iteration: of the step.
-            lost: name of a weight that is not finite by now, so that skipping steps would not help; "" if none is.
-            folder: of the run's checkpoints.
+            reason: the fault, in a sentence.
+            iteration: the step's.
+            lost: name of a weight that is not finite any more, so that skipping would not help; "" if all are finite.
+            folder: the run's, with its checkpoints.
             restore: takes the run back to its last checkpoint, and returns its path; "" if there is none.
 
         Raises:
@@ -101,7 +101,7 @@ class Divergence:
         return {"norms": list(self.norms), **{name: getattr(self, name) for name in _COUNTS}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over counts; those that a checkpoint lacks stay. ValueError where they are none."""
+        """Takes over counts; those that a checkpoint lacks stay. Raises ValueError for invalid ones."""
         norms = state.get("norms", []) if isinstance(state, dict) else None
         counts = {name: state.get(name, 0) for name in _COUNTS} if isinstance(state, dict) else {}
         if (

@@ -1,4 +1,4 @@
-"""A disk that is full: what meets it first ends the run, with a line that names a path and the room that is needed."""
+"""Ends a run at the first write to a full disk, with a line that names a path and the room that is needed."""
 
 import errno
 import logging
@@ -22,16 +22,16 @@ from detectron2.utils.logger import setup_logger
 from ..checkpoint.run_folder import say_last_good, say_room, write_whole
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Of torch.save, which leaves the reason out.
+# torch.save's messages, which omit the reason.
 _TORCH = re.compile("PytorchStreamWriter|unexpected pos|file write failed")
 
 
 @contextmanager
 def full_disk_named(folder: str) -> Iterator[None]:
-    """Raises OSError, with a path and the room that is needed, where something within it meets a full disk.
+    """A context that turns errors by a full disk into an OSError with a path and the room that is needed.
 
     Args:
-        folder: of the run; named where what fails does not say on which file.
+        folder: the run's, for errors that name no file.
     """
     try:
         yield
@@ -76,7 +76,7 @@ def start_log(cfg: CfgNode, args: Namespace) -> None:
 
 
 class _LogEnds:
-    """What a log handler calls where a record cannot be written: ends the log, and the run unless that is ending."""
+    """A log handler's reaction to a failed write: ends the log, and the run unless it is ending already."""
 
     def __init__(self, stream: IO[str], folder: str):
         self.stream = stream
@@ -90,7 +90,7 @@ class _LogEnds:
 
 
 class Writers(PeriodicWriter):
-    """Detectron2's, but what cannot be written at the end of a run does not hide why it ends."""
+    """Detectron2's, but a failed write at the end of a run does not hide why the run ends."""
 
     def after_train(self) -> None:
         ends_by, failure = sys.exc_info()[1], None
@@ -112,7 +112,7 @@ def _full(path: str, folder: str, error: Exception) -> OSError:
 
 
 def _forsake(stream: IO[str]) -> None:
-    """Lets a file that cannot be written take what it still holds, which Python would try to write at its end."""
+    """Empties the buffer of a file that cannot be written, which Python would try to write at its end."""
     with suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
@@ -120,6 +120,6 @@ def _forsake(stream: IO[str]) -> None:
 
 
 def _tell_of_thread(args: threading.ExceptHookArgs) -> None:
-    """Tells what has ended a thread, but for a full disk: TensorBoard's thread has its writer raise that again."""
+    """Reports what has ended a thread, except a full disk, which TensorBoard's writer raises again."""
     if not is_full(args.exc_value):
         threading.__excepthook__(args)

@@ -1,4 +1,4 @@
-"""What happens to a run between its steps: checkpoints, the answer to signals, evaluations."""
+"""Hooks of a run between its steps: checkpoints, signals, evaluations."""
 
 import logging
 import time
@@ -18,16 +18,16 @@ from .processes import RunFailed, agree, is_lack_of_memory, is_loss, without_tra
 
 logger = logging.getLogger(__name__)
 
-# Name of the checkpoint that is saved between the numbered ones, each in place of the one before.
+# Name of the checkpoint between the numbered ones; each replaces the one before.
 LAST = "model_last"
-# What is between two checkpoints by time, over the time that saving one takes.
+# Least time between two checkpoints by time, over the time to save one.
 _LEAST_OVER_SAVING = 50
-# What the machine or the data is the cause of. Any other error is the program's, and keeps its trace.
+# Errors of the machine or the data. Any other error is the program's, and keeps its trace.
 _NO_TRACE = OSError, FloatingPointError, RunFailed, TooManyBroken, SizeMismatchError
 
 
 def _tell_in_one_line(record: logging.LogRecord) -> bool:
-    """Drops the trace that Detectron2's loop logs of an error which the command then says in a line."""
+    """Drops the trace in the log of Detectron2's loop for errors that the command reports in a line."""
     error = record.exc_info[1] if record.exc_info else None
     return not (isinstance(error, _NO_TRACE) or is_loss(error) or is_lack_of_memory(error))
 
@@ -36,7 +36,7 @@ logging.getLogger("detectron2.engine.train_loop").addFilter(_tell_in_one_line)
 
 
 class Interval:
-    """When a run is saved by time: after some minutes, or later where saving would take over a fiftieth of the time.
+    """Times of checkpoints: every some minutes, or later if saving would take over a fiftieth of the time.
 
     Args:
         minutes: 0 is never.
@@ -47,22 +47,22 @@ class Interval:
         self.begin(0.0)
 
     def begin(self, took: float) -> None:
-        """Begins anew, after saving that took so many seconds."""
+        """Begins anew after saving, which took `took` seconds."""
         self.due_at = time.monotonic() + max(self.seconds, _LEAST_OVER_SAVING * took)
 
     def is_over(self) -> bool:
-        """Whether it is time. Only the main process saves and knows how long that takes; in others it never is."""
+        """Whether it is time to save. Only the main process saves and knows how long it takes; others return False."""
         return self.seconds > 0 and comm.is_main_process() and time.monotonic() >= self.due_at
 
 
 class Checkpoints(HookBase):
-    """Saves the run by steps, by time, at the end and at a signal, which ends the run. All processes have it.
+    """Saves the run by steps, by time, at the end and at a signal, which ends the run. All processes need it.
 
     Args:
         checkpointer: saves the run.
         period: steps between numbered checkpoints; 0 is none.
         minutes: time between checkpoints, numbered or not, see Interval.
-        keep: how many numbered checkpoints stay; 0 is all.
+        keep: number of numbered checkpoints to keep; 0 is all.
     """
 
     def __init__(self, checkpointer: SafeCheckpointer, period: int, minutes: float, keep: int = 0):
@@ -103,10 +103,10 @@ class Checkpoints(HookBase):
 
 
 class Evaluation(EvalHook):
-    """Detectron2's, but what comes before it is saved first, and a failure says so in one line.
+    """Detectron2's evaluation, but the run is saved first, and a failure is reported in one line.
 
     Args:
-        hook: Detectron2's hook, of which it takes period and function.
+        hook: Detectron2's hook, whose period and function it uses.
         checkpoints: saves the run.
     """
 
@@ -121,10 +121,10 @@ class Evaluation(EvalHook):
 
 
 def save_after_failure(trainer: TrainerBase, step, save: Callable[[], None]) -> None:
-    """Saves a run that an error ends, as it was after its last whole step; what hinders that does not hide the error.
+    """Saves a run that an error ends, as after its last whole step. If saving fails, the first error is still raised.
 
     Args:
-        trainer: of the run; its iteration is the one that failed, and the one before when it is saved.
+        trainer: the run's. Its iteration is the one that failed; the saved one is the one before.
         step: see `Step.intact`.
         save: saves the run.
     """
@@ -134,19 +134,19 @@ def save_after_failure(trainer: TrainerBase, step, save: Callable[[], None]) -> 
     trainer.iter = trainer.storage.iter = step.iter = trainer.iter - 1
     try:
         save()
-        # No process ends while the main one writes: the launcher would end that too.
+        # No process ends while the main one writes: the launcher would then end the main one too.
         comm.synchronize()
     except Exception as error:
         logger.warning("The run could not be saved: %s: %s", type(error).__name__, error)
 
 
 def evaluate_safely(evaluate, iteration: int, checkpointer: SafeCheckpointer):
-    """Calls `evaluate` with the run saved: a signal ends the process at once, a failure the run in one line.
+    """Calls `evaluate` on a saved run: a signal ends the process at once, a failure the run in one line.
 
     Args:
-        evaluate: takes nothing; its result is returned.
-        iteration: said where it fails.
-        checkpointer: has saved the run.
+        evaluate: takes no arguments; its result is returned.
+        iteration: the run's, for the message of a failure.
+        checkpointer: the one that has saved the run.
 
     Raises:
         RunFailed: it fails.

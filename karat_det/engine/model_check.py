@@ -1,6 +1,6 @@
-"""A detector built without memory, to see in a moment whether its config makes one, and whether there is room for it.
+"""Builds a detector without memory, to check its config in a moment, and whether it fits the memory.
 
-Its tensors are made on torch's meta device: they have shapes and no data, so that one of a terabyte costs nothing.
+Its tensors are on torch's meta device: they have shapes and no data, so that a terabyte costs nothing.
 """
 
 import os
@@ -38,8 +38,8 @@ _REGISTRIES = {
     "MODEL.ROI_BOX_HEAD.NAME": ROI_BOX_HEAD_REGISTRY,
     "MODEL.ROI_MASK_HEAD.NAME": ROI_MASK_HEAD_REGISTRY,
 }
-# Detectron2's that need what is not read here: segments of things that are no objects, boxes with angles, proposals
-# from files, or results that are no objects.
+# Detectron2 names that need unsupported data or results: segments of things that are no objects, boxes with angles,
+# proposals from files, or results that are no objects.
 _UNFIT = {
     *("SemanticSegmentor", "PanopticFPN", "ProposalNetwork"),
     *("RRPN", "RROIHeads", "RotatedAnchorGenerator", "PrecomputedProposals"),
@@ -51,7 +51,7 @@ _BYTES_TRAINED = 16
 
 
 class _OnMeta(TorchFunctionMode):
-    """Makes what has no values yet on the meta device; torch.device("meta") would make numbers that are read there."""
+    """Makes uninitialised tensors on the meta device; torch.device("meta") would also move values that are read."""
 
     _MAKING = frozenset((torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn))
 
@@ -67,7 +67,7 @@ def check_model(cfg: CfgNode, training: bool, num_processes: int = 1) -> None:
 
     Args:
         cfg: a config of `load_cfg`.
-        training: whether it is to be trained, else only evaluated.
+        training: whether it will be trained, else only evaluated.
         num_processes: how many processes share the images of a step.
 
     Raises:
@@ -84,10 +84,10 @@ def check_model(cfg: CfgNode, training: bool, num_processes: int = 1) -> None:
         except Exception as error:
             if "meta" not in str(error).lower():
                 raise
-            # A model of one's own may read values of its tensors, or put them together with others.
+            # A user's own model may read values of its tensors, or combine them with others.
             own.MODEL.DEVICE = "cpu"
             model = build_model(own)
-    except Exception as error:  # whatever Detectron2 and torch raise for sizes that they cannot take
+    except Exception as error:  # Detectron2 and torch raise many kinds of errors for impossible sizes
         if isinstance(error, ValueError | OSError) and re.search(r"[A-Z]\.[A-Z_]{2}", str(error)):
             raise
         raise ValueError(_CANNOT + _with_likely_keys(cfg, error)) from error
@@ -103,15 +103,15 @@ def check_model(cfg: CfgNode, training: bool, num_processes: int = 1) -> None:
 
 
 def check_room(cfg: CfgNode, model: nn.Module, training: bool) -> None:
-    """Checks that a model, of any device, has room where it is to be.
+    """Checks that a model, on any device, fits the memory of MODEL.DEVICE.
 
     Args:
-        cfg: of detectors or of pretraining.
+        cfg: a detector's config, or a pretraining's.
         model: built from it.
-        training: whether it is to be trained.
+        training: whether it will be trained.
 
     Raises:
-        ValueError: it has not.
+        ValueError: it does not fit.
     """
     sizes = {name: tensor.numel() for name, tensor in model.named_parameters()}
     count, (room, place) = sum(sizes.values()), _memory(cfg)
@@ -135,7 +135,7 @@ def _large_sizes(cfg: CfgNode) -> str:
 
 
 def _memory(cfg: CfgNode) -> tuple[float, str]:
-    """Bytes of memory of MODEL.DEVICE, and what has them."""
+    """Bytes of memory of MODEL.DEVICE, and the device's name."""
     device = torch.device(cfg.MODEL.DEVICE)
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory, "the GPU"
@@ -168,8 +168,8 @@ def _check_names(cfg: CfgNode) -> None:
 
 
 def _with_likely_keys(cfg: CfgNode, error: Exception) -> str:
-    """What an error says, and the keys whose values are in it."""
-    # A bare assert says nothing but its own line.
+    """An error's message, with the keys whose values are in it."""
+    # A bare assert has no message but its own line.
     text = " ".join(str(error).split()) or traceback.extract_tb(error.__traceback__)[-1].line or type(error).__name__
     words = set(re.findall(r"[\w.]+", text))
     likely = [

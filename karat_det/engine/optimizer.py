@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
-# SOLVER.CLIP_GRADIENTS.CLIP_TYPE that clips by the total norm of all gradients; the trainer does it.
+# SOLVER.CLIP_GRADIENTS.CLIP_TYPE for clipping by the total norm of all gradients, which the trainer does.
 FULL_MODEL = "full_model"
-# By the name of the parameter within its module. Norms and biases are known by having one dimension.
+# Names of parameters within their modules. Norms and biases are recognised by their one dimension.
 NO_WEIGHT_DECAY = (
     *("pos_embed", "rel_pos_h", "rel_pos_w", "absolute_pos_embed", "relative_position_bias_table"),
     "coefficients",
 )
-# What AdamW keeps of a parameter, beside the count of its steps.
+# AdamW's averages of a parameter, beside the count of its steps.
 _AVERAGES = ("exp_avg", "exp_avg_sq")
 _OPERATOR = ("coefficients", "projector")
 
@@ -72,12 +72,12 @@ def lr_factor(name: str, decay: float, depth: int) -> float:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
-    """The optimiser's state_dict, whose groups also name their parameters, and whose state has all of these.
+    """The optimiser's state_dict; its groups also name their parameters, and its state has an entry for each.
 
-    A parameter that no gradient has reached has an empty state.
+    A parameter that has had no gradient has an empty state.
 
     Args:
-        optimizer: of parameters of the model.
+        optimizer: the optimiser of the model's parameters.
         model: the model that is trained.
     """
     state = optimizer.state_dict()
@@ -90,14 +90,14 @@ def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: Any) -> None:
-    """Gives each parameter the state that was saved under its name. Rates, decay and grouping stay the optimiser's.
+    """Loads the state of each parameter by its name. Rates, decay and grouping stay the optimiser's.
 
     Args:
         optimizer, model: as for `optimizer_state`; groups may differ from those of the run that was saved.
-        state: from a checkpoint; it may be anything, and is checked before it is used.
+        state: a checkpoint's; anything is accepted, and checked before use.
 
     Raises:
-        ValueError: it is not of an AdamW of these parameters.
+        ValueError: it is not an AdamW's of these parameters.
     """
     saved, settings = _by_name(state)
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -109,7 +109,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, sta
                 raise ValueError(f"The optimizer's state lacks that of {name}.")
             if entry := saved.pop(name):
                 _check_entry(name, parameter, entry)
-                # Copies, since tensors of a file may share their memory, with others or within themselves.
+                # Copies, since tensors of a file may share memory, with others or within themselves.
                 averages = {key: torch.empty_like(parameter).copy_(entry[key]) for key in _AVERAGES}
                 loaded[index] = {"step": torch.tensor(float(entry["step"])), **averages}
             for key, what in (("initial_lr", "learning rate"), ("weight_decay", "weight decay")):
@@ -127,7 +127,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, sta
 
 
 def _by_name(state: Any) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """What an optimiser's state dict has for each parameter, and the settings of its group."""
+    """Each parameter's entry in an optimiser's state dict, and the settings of its group."""
     entries, groups = (state.get(key) for key in ("state", "param_groups")) if isinstance(state, dict) else (None, None)
     if not isinstance(entries, dict) or not isinstance(groups, list):
         raise ValueError("The optimizer's state is none that an optimizer has saved.")
@@ -135,7 +135,7 @@ def _by_name(state: Any) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     for group in groups:
         names, indices = (group.get(key) for key in ("param_names", "params")) if isinstance(group, dict) else (0, 0)
         if not isinstance(names, list) or not isinstance(indices, list) or len(names) != len(indices):
-            raise ValueError("The optimizer's state does not name its parameters, so whose it is cannot be told.")
+            raise ValueError("The optimizer's state does not name its parameters, so its owner is unknown.")
         for name, index in zip(names, indices, strict=True):
             if type(name) is not str or type(index) is not int or name in saved or index not in entries:
                 raise ValueError(f"The optimizer's state of {name!r}, number {index!r}, is missing or there twice.")
@@ -146,7 +146,7 @@ def _by_name(state: Any) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
 
 
 def _check_entry(name: str, parameter: Tensor, entry: Any) -> None:
-    """Raises ValueError unless `entry` is what AdamW keeps of a parameter."""
+    """Raises ValueError unless `entry` is AdamW's state of a parameter."""
     if not isinstance(entry, dict) or set(entry) != {"step", *_AVERAGES}:
         what = sorted(map(str, entry)) if isinstance(entry, dict) else type(entry).__name__
         raise ValueError(f"The optimizer's state of {name} must have step, exp_avg and exp_avg_sq, and has {what}.")

@@ -1,8 +1,8 @@
-"""The order of a run's images, and all that it draws at random: functions of a seed and of a count of images.
+"""The order of a run's images, and all its random draws: functions of a seed and of a count of images.
 
 The images come in an endless sequence of epochs, each shuffled by itself. A place in it is a whole number: the count of
-images before it. What is drawn for the image at a place depends on the seed and the place alone; what is drawn in a
-step, on the seed, the place of its first image and the process. So neither workers nor processes change an image, and a
+images before it. Draws for the image at a place depend on the seed and the place alone; draws in a step depend on the
+seed, the place of its first image and the process. So neither workers nor processes change an image, and a
 checkpoint that has seed and place has every random state: each image and each step sets Python's, NumPy's and torch's
 generators anew.
 """
@@ -23,23 +23,23 @@ from torch.utils.data import Dataset, Sampler
 
 logger = logging.getLogger(__name__)
 
-# What numbers are drawn for.
+# Purposes of random draws.
 _EPOCH, _SUBSET, _IMAGE, _BATCH, _STEP = range(5)
 SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler")
 
 
 class ImageOrder(Sampler):
-    """The sequence of images that a run takes, and how far it has come. As a sampler, this process's places in it.
+    """The sequence of a run's images, and the run's place in it. As a sampler, it yields this process's places.
 
     Args:
-        repeat_factors: (number of images,) how often an epoch has each; of a fraction, each epoch draws whether it is
-            one more.
-        seed: at least 0; a negative one is drawn, the same for all processes.
-        subset_size: how many images, chosen by the seed, are taken at all; default all. For whole factors of 1.
+        repeat_factors: (number of images,) how often an epoch has each; for the fraction, each epoch draws whether it
+            has the image once more.
+        seed: at least 0; for a negative one, a seed is drawn, the same for all processes.
+        subset_size: how many images, chosen by the seed, to use; default all. Needs factors of 1.
 
     Attributes:
         seed: the seed.
-        place: how many images all processes have taken, which is the place of the next one. It may be set before
+        place: number of images that all processes have taken: the place of the next one. It may be set before
             iteration.
     """
 
@@ -94,7 +94,7 @@ class ImageOrder(Sampler):
         return int(images[place - first])
 
     def _forget(self) -> None:
-        # Number, first place and images of the epoch that was looked up last.
+        # Number, first place and images of the epoch of the last look-up.
         self._epoch = 0, 0, self._whole[:0]
 
     def _images_of(self, epoch: int) -> Tensor:
@@ -140,12 +140,12 @@ class ImageOrder(Sampler):
 
 
 class SeededImages(Dataset):
-    """What is at the places of an order of images; random transforms draw the same for a place, wherever it is read.
+    """Images by their places in an order; random transforms draw the same for a place, whichever process reads it.
 
     Args:
-        images: by index. Getting one may draw at random.
+        images: by index. Reading one may draw at random.
         order: the order.
-        mapper: makes of one of the images what is trained on; default nothing.
+        mapper: makes the model's input from an image; default the image itself.
     """
 
     def __init__(self, images: Sequence[Any], order: ImageOrder, mapper: Callable[[Any], Any] | None = None):
@@ -160,7 +160,7 @@ class SeededImages(Dataset):
         return self.mapper(image) if self.mapper else image
 
     def __getitems__(self, places: list[int]) -> list[Any]:
-        """A batch, as torch's loaders ask for it; what collates it may draw at random too."""
+        """A batch, as torch's loaders ask for it; the collate function may draw at random too."""
         batch = [self[place] for place in places]
         seed_all(self.order.seed, _BATCH, places[0])
         return batch
@@ -184,7 +184,7 @@ class EpochBatches(Sampler):
 
 
 class CountedLoader:
-    """A loader of batches that counts the images taken, and seeds all that a step draws.
+    """A loader of batches that counts the images, and seeds the draws of a step.
 
     Args:
         loader: of this process's batches from `order.place` on.
@@ -211,7 +211,7 @@ def build_order(cfg: CfgNode, records: Sequence[dict[str, Any]]) -> ImageOrder:
 
     Args:
         cfg: a config with Detectron2's keys.
-        records: all those to train on.
+        records: all records to train on.
 
     Raises:
         ValueError: a key has a value that is not allowed.
@@ -238,7 +238,7 @@ def build_order(cfg: CfgNode, records: Sequence[dict[str, Any]]) -> ImageOrder:
 
 
 def seed_all(*key: int) -> None:
-    """Seeds Python, NumPy and torch, on all devices, by whole numbers from 0 on."""
+    """Seeds Python, NumPy and torch, on all devices, from integers of at least 0."""
     words = _words(*key)
     random.seed(words[:4].tobytes())
     np.random.seed(words[4:6])

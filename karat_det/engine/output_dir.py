@@ -1,4 +1,4 @@
-"""A run's folder on the disk is its own: what was there before is not overwritten, and no other run writes into it."""
+"""Protects a run's folder: earlier checkpoints are not overwritten, and no other run writes into it."""
 
 import contextlib
 import errno
@@ -39,9 +39,9 @@ def check_output_dir(output_dir: str) -> None:
 
 @contextlib.contextmanager
 def claims() -> Iterator[None]:
-    """Gives up at its end what `claim` has claimed. A decorator, too.
+    """A context, or decorator, that releases at its end what `claim` has claimed.
 
-    Where the run has not begun, being refused, config.yaml is that of the run before again.
+    If the run was refused before it began, the earlier run's config.yaml is restored.
     """
     try:
         yield
@@ -76,14 +76,14 @@ def claim(output_dir: str, patience: float = 0.0) -> None:
 
 
 def begin(output_dir: str) -> None:
-    """The run has not been refused: the config.yaml that it has written stays."""
+    """Keeps the config.yaml of a run that was not refused."""
     _config_before.pop(output_dir, None)
 
 
 def _lock(output_dir: str, deadline: float) -> str:
     """Locks a folder. Returns why it cannot be, or "" if it is."""
     os.makedirs(output_dir, exist_ok=True)
-    # It stays when the run is over: were it removed, two runs might each hold a lock of that name.
+    # The file stays after the run: if it were removed, two runs could each hold a lock of that name.
     descriptor = os.open(os.path.join(output_dir, _LOCK), os.O_RDWR | os.O_CREAT, 0o666)
     try:
         while True:
@@ -115,7 +115,7 @@ def _lock(output_dir: str, deadline: float) -> str:
 
 
 def _leave_to_parent() -> None:
-    """A forked process, such as one that loads images, must not hold the lock when its parent is gone."""
+    """Closes the locks in a forked process, such as a loader's, which must not hold them when its parent is gone."""
     for descriptor in _held.values():
         os.close(descriptor)
     _held.clear()

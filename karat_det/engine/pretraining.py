@@ -1,8 +1,8 @@
 """Pretraining of classifiers: timm's data, recipe and metrics in Detectron2's loop.
 
-The recipe is the paper's for image classification. An epoch ends by evaluating and saving. What is drawn at random
-follows from SEED and the count of images, see order.py, so a run that resumes after any step is the run that was never
-interrupted.
+The recipe is the paper's for image classification. An epoch ends with an evaluation and a checkpoint. Random draws
+follow from SEED and the count of images, see order.py, so a run that resumes after any step equals an uninterrupted
+one.
 """
 
 import logging
@@ -143,7 +143,7 @@ class Pretrainer(TrainerBase):
             clear_partial(folder)
             end_metrics(f"{folder}/metrics.json")
             writers = [ProgressLine(self), JSONWriter(f"{folder}/metrics.json"), TensorboardXWriter(folder)]
-            # The storage keeps the last of each figure: those of an epoch must be written before the next one's.
+            # The storage keeps the last value of each figure: an epoch's must be written before the next epoch's.
             self.register_hooks([Writers(writers, period=min(20, self.epoch_length))])
         with signals.awaited(), full_disk_named(self.cfg.OUTPUT_DIR):
             super().train(self.start_iter, self.max_iter)
@@ -211,7 +211,7 @@ class Pretrainer(TrainerBase):
 
 
 def evaluate_file(cfg: CfgNode, path: str = "") -> dict[str, float]:
-    """Evaluates a weights file on the validation split, and says the figures in the log.
+    """Evaluates a weights file on the validation split, and logs the figures.
 
     Args:
         cfg: a config of `load_pretrain_cfg`.

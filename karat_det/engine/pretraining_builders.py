@@ -1,4 +1,4 @@
-"""What pretraining is built of: timm's data, loss, optimiser and schedule, as the config has them."""
+"""Builds the parts of pretraining from the config: timm's data, loss, optimiser and schedule."""
 
 import logging
 from functools import partial
@@ -25,12 +25,12 @@ from .order import CountedLoader, EpochBatches, ImageOrder, SeededImages
 
 logger = logging.getLogger(__name__)
 
-# Images a step for which SOLVER.BASE_LR is meant.
+# Images a step that SOLVER.BASE_LR is for.
 _BASE_BATCH = 512
 
 
 class WithLoss(nn.Module):
-    """A classifier that takes what timm's loader gives, and returns a dict with its loss, as Detectron2's models do."""
+    """A classifier that takes batches of timm's loader, and returns a dict with its loss, as Detectron2's models do."""
 
     def __init__(self, model: nn.Module, cfg: CfgNode):
         super().__init__()
@@ -49,8 +49,8 @@ def build_train_loader(cfg: CfgNode, model: nn.Module, images: LabelledImages, o
 
     Args:
         cfg: a config with the keys of `pretrain_config`.
-        model: of timm; it knows the size of its images.
-        images: all those to train on; they get timm's transform.
+        model: timm's, with the size of its images.
+        images: all images to train on; they get timm's transform.
         order: their order.
     """
     mixup = FastCollateMixup(
@@ -153,5 +153,5 @@ def build_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer, epoch_length
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
-    """timm's, but one bit of a colour is kept at least: at full strength timm keeps none, which Pillow refuses."""
+    """timm's, but at least one bit of a colour is kept: at full strength timm keeps none, which Pillow refuses."""
     return posterize(image, max(1, bits_to_keep))

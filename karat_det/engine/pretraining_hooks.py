@@ -1,4 +1,4 @@
-"""What happens in pretraining after a step and after an epoch: averages, rates, evaluations, checkpoints, the log."""
+"""Hooks of pretraining after a step and after an epoch: averages, rates, evaluations, checkpoints, the log."""
 
 import datetime
 import logging
@@ -18,12 +18,12 @@ from .processes import agree
 logger = logging.getLogger(__name__)
 
 BEST = "model_best"
-# The measure that decides which checkpoint is the best one.
+# The measure of the best checkpoint.
 METRIC = "top-1"
 
 
 class ProgressLine(EventWriter):
-    """Writes a line of how the run goes to the log."""
+    """Writes a line on the progress of the run to the log."""
 
     def __init__(self, trainer: TrainerBase):
         self.trainer = trainer

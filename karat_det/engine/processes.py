@@ -22,23 +22,23 @@ from .output_dir import check_output_dir, claim
 
 logger = logging.getLogger(__name__)
 
-# What gloo and nccl say where the other end of a connection is gone.
+# Messages of gloo and nccl if the other end of a connection is gone.
 _LOST = re.compile(r"[Cc]onnection (closed|reset|refused)|Broken pipe|remote process exited|NCCL (error|communicator)")
-# What torch says where a worker of a data loader is.
+# torch's message if a worker of a data loader is gone.
 _LOADER = "DataLoader worker (pid"
-# What torch puts in front of an error in one.
+# torch's addition before an error in a worker.
 _IN_LOADER = re.compile(r"Caught (\w+) in DataLoader worker process \d+\.\nOriginal Traceback")
-# What torch says, in a RuntimeError, where the CPU has no memory.
+# torch's message, in a RuntimeError, if the CPU has no memory.
 _NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 _STARTED_BY = ".started_by"
 
 
 class RunFailed(RuntimeError):
-    """What ends a run, in a line that its command prints."""
+    """An error that ends a run; the command prints its message as one line."""
 
 
 class _EndOfChild(Exception):
-    """What ends a process that `launch` has started, for the process that prints it, once for all of them."""
+    """Ends a process that `launch` has started; the launching process prints the message, once for all."""
 
 
 def run_distributed(main: Callable[..., Any], args: Any, check: Callable[..., None] | None = None) -> None:
@@ -51,7 +51,7 @@ def run_distributed(main: Callable[..., Any], args: Any, check: Callable[..., No
     Args:
         main: the work of one process.
         args: the arguments of Detectron2's `default_argument_parser`.
-        check: what shows mistakes before any work, by `check(args, num_processes)`. It is called once, before
+        check: shows mistakes before any work, by `check(args, num_processes)`. It is called once, before
             `launch` starts processes, or in the main one of torchrun's.
 
     Raises:
@@ -110,7 +110,7 @@ def _run(main: Callable[..., Any], args: Any, check: Callable[..., None]) -> Non
 
 
 def _in_main_process(check: Callable[[], None]) -> None:
-    """Calls a check in the main process of a run. Its error is raised in all of them, which must call this together."""
+    """Calls a check in the main process of a run. All processes must call this, and raise its error."""
     failure = None
     if comm.is_main_process():
         try:
@@ -123,7 +123,7 @@ def _in_main_process(check: Callable[[], None]) -> None:
 
 
 def _in_child(main: Callable[..., Any], args: Any) -> None:
-    """The work of a process that `launch` has started, which tells a mistake of the user's once for all processes."""
+    """The work of a process that `launch` has started. A user's mistake is reported once for all processes."""
     signals.install()
     try:
         with _told_in_one_line():
@@ -136,7 +136,7 @@ def _in_child(main: Callable[..., Any], args: Any) -> None:
 
 @contextmanager
 def _told_in_one_line() -> Iterator[None]:
-    """Ends the process with one line for what the user, the machine or the data is the cause of."""
+    """Ends the process with one line for errors of the user, the machine or the data."""
     try:
         with _lack_of_memory_named():
             yield
@@ -169,9 +169,9 @@ def _lack_of_memory_named() -> Iterator[None]:
 def _join(backend: str) -> None:
     """Joins the other processes of torchrun.
 
-    torchrun's restarts share one store. What a dead attempt has left there would mislead the next one, so each has
-    names of its own. On several machines the counts of restarts may differ: there torchrun must make a store for each
-    attempt, which TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 has it do.
+    torchrun's restarts share one store. A dead attempt's entries would mislead the next one, so each attempt has its
+    own names. On several machines the counts of restarts may differ: there torchrun must make a store for each attempt,
+    by TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
     """
     timeout = timedelta(minutes=30)
     store, rank, world_size = next(distributed.rendezvous("env://", timeout=timeout))
@@ -212,7 +212,7 @@ def restarts() -> int:
 
 
 def goes_on(output_dir: str, resume: bool) -> bool:
-    """Whether a run goes on from what is in its folder, which it else must not hold; all processes must call it.
+    """Whether a run goes on from its folder's checkpoints; a new run must not have any. All processes must call it.
 
     A run that torchrun has started again goes on by itself, as with --resume, if its first attempt began the folder.
 
@@ -239,7 +239,7 @@ def take_folder(output_dir: str) -> None:
     Raises:
         ValueError: another run has the folder, or it cannot be written to.
     """
-    # What is left of an attempt that has failed may take a moment to end.
+    # Processes of a failed attempt may take a moment to end.
     claim(output_dir, patience=30.0 if restarts() else 0.0)
     if "TORCHELASTIC_RUN_ID" in os.environ and comm.is_main_process():
         Path(output_dir, _STARTED_BY).write_text(_mark(), encoding="utf-8")

@@ -1,7 +1,7 @@
-"""What values a key may have: a range for numbers, choices for words, a length for lists.
+"""The allowed values of each key: a range for numbers, choices for words, a length for lists.
 
-A pattern stands for all keys that it matches, of detectors and of pretraining, so that a key has the range of those
-like it. The upper bounds are far above what anyone trains; a number above them would take all memory, or never end.
+A pattern is for all keys that it matches, in detectors and in pretraining, so that similar keys have the same range.
+The upper bounds are far above any real run; a larger number would take all memory, or never end.
 """
 
 import math
@@ -20,7 +20,7 @@ from .order import SAMPLERS
 
 @dataclass(frozen=True)
 class _Range:
-    """Numbers from `least` to `most`; without these themselves where `open_below` or `open_above`."""
+    """Numbers from `least` to `most`, which are excluded if `open_below` or `open_above`."""
 
     least: float
     most: float
@@ -41,7 +41,7 @@ class _Range:
 
 
 def _at_most(most: float) -> _Range:
-    """For what the model's builder has a lower bound of its own."""
+    """A range for keys whose lower bound the model's builder checks."""
     return _Range(-math.inf, most)
 
 
@@ -153,12 +153,12 @@ _LENGTHS = (
     ("SOLVER.BETAS INPUT.CROP.SIZE", 2),
     ("*.BBOX_REG_WEIGHTS", 4),
 )
-# Lists that may be empty, besides those that are so by default.
+# Lists that may be empty, besides those with an empty default.
 _MAY_BE_EMPTY = ("SOLVER.STEPS", "MODEL.VIT.WINDOW_BLOCKS", "MODEL.KARAT.BLOCKS")
 
 
 def check_ranges(cfg: CfgNode, defaults: CfgNode) -> None:
-    """Checks each value of a config by itself.
+    """Checks each value of a config separately.
 
     Args:
         cfg: its values have the types of the defaults.

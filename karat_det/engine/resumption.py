@@ -1,7 +1,7 @@
-"""What a run that goes on does first, so that its figures are those of the run that never stopped.
+"""Prepares a resumed run, so that its figures equal those of an uninterrupted one.
 
-Logged scalars are medians over the last steps, so a checkpoint has these steps' scalars. metrics.json may be further
-than the checkpoint, or not as far: a run may be killed between saving, evaluating and writing.
+Logged scalars are medians over the last steps, so a checkpoint has these steps' scalars. metrics.json may be ahead of
+the checkpoint or behind it: a run may be killed between saving, evaluating and writing.
 """
 
 import contextlib
@@ -24,12 +24,12 @@ _CLOCKS = ("time", "data_time", "rank_data_time", "eta_seconds", "images/s")
 
 
 class Resumption(HookBase):
-    """Takes up the scalars of a run that goes on, and does what its last step has left undone.
+    """Restores the scalars of a resumed run, and completes its last step.
 
     Args:
         metrics: path of the run's metrics.json.
-        measure: name of a scalar that each evaluation gives; "" if there is none.
-        evaluations: kinds of hooks that evaluate after a step.
+        measure: name of a scalar of each evaluation; "" if there is none.
+        evaluations: classes of hooks that evaluate after a step.
     """
 
     def __init__(self, metrics: str, measure: str, evaluations: tuple[type[HookBase], ...] = (EvalHook,)):
@@ -45,7 +45,7 @@ class Resumption(HookBase):
         storage = getattr(self.trainer, "storage", None)
         if storage is None:
             return {}
-        # What is not finite would make equal checkpoints differ.
+        # Values that are not finite would make equal checkpoints differ.
         last = {
             name: [(float(value), int(step)) for value, step in history.values()[-_WINDOW:] if math.isfinite(value)]
             for name, history in storage.histories().items()
@@ -68,7 +68,7 @@ class Resumption(HookBase):
         self.next_iteration = self.trainer.iter + 1
 
     def start_again(self) -> None:
-        """A run that was to go on has no checkpoint: it is the first step that comes next."""
+        """For a resumed run without a checkpoint: the next step is the first."""
         self.next_iteration = 0
 
     def is_told(self) -> bool:
@@ -82,7 +82,7 @@ class Resumption(HookBase):
 
     def before_train(self) -> None:
         trainer = self.trainer
-        # Where SOLVER.IMS_PER_BATCH of a pretraining is another one, steps have other numbers.
+        # With another SOLVER.IMS_PER_BATCH, steps of pretraining have other numbers.
         if self.next_iteration is None or self.next_iteration != trainer.start_iter:
             return
         last, storage = trainer.start_iter - 1, trainer.storage

@@ -23,11 +23,11 @@ logger = logging.getLogger(__name__)
 
 
 def parse_command(parser: argparse.ArgumentParser, arguments: list[str] | None = None) -> argparse.Namespace:
-    """Parses a command line whose options may stand behind the overrides too, and expands `~` in paths.
+    """Parses a command line, whose options may follow the overrides too, and expands `~` in paths.
 
     Args:
         parser: the command's; its overrides, if it has any, are `opts`.
-        arguments: the words; default those of this process.
+        arguments: the words; default this process's.
     """
     args, opts = parser.parse_args(arguments), []
     while rest := list(getattr(args, "opts", None) or ()):
@@ -50,8 +50,8 @@ def load_cfg(config_file: str, opts: list[str], own_data_needed: bool = True) ->
     Args:
         config_file: path of a YAML file, or "" for the defaults.
         opts: keys and values in turn, as on Detectron2's command lines.
-        own_data_needed: if False, files of KARAT_DATA may be absent, as where a model is used and not trained; the log
-            says so and the datasets stay unregistered.
+        own_data_needed: if False, files of KARAT_DATA may be absent, for use of a model without training; the log says
+            so and the datasets stay unregistered.
 
     Returns:
         The config, frozen. MODEL.DEVICE is "cpu" where there is no GPU; on the CPU SOLVER.AMP.ENABLED is False unless
@@ -76,10 +76,10 @@ def load_cfg(config_file: str, opts: list[str], own_data_needed: bool = True) ->
 
 
 def merge(cfg: CfgNode, config_file: str, opts: list[str]) -> None:
-    """Merges a YAML config and the overrides behind it into the defaults, and settles what depends on the machine.
+    """Merges a YAML config and the overrides behind it into the defaults, and sets keys that depend on the machine.
 
-    Where there is no GPU MODEL.DEVICE becomes "cpu", on the CPU SOLVER.AMP.ENABLED False unless `opts` has it, and
-    DATALOADER.NUM_WORKERS no more than the cores.
+    Without a GPU, MODEL.DEVICE becomes "cpu". On the CPU, SOLVER.AMP.ENABLED becomes False unless `opts` has it.
+    DATALOADER.NUM_WORKERS becomes at most the number of cores.
 
     Args:
         cfg: the defaults; changed in place.
@@ -111,7 +111,7 @@ def merge(cfg: CfgNode, config_file: str, opts: list[str]) -> None:
 
 
 def check_model_and_datasets(cfg: CfgNode, training: bool, num_processes: int = 1) -> None:
-    """Checks, in seconds and before there is a log, what building the model and looking for the datasets shows.
+    """Checks the model and the datasets' files, in seconds and before there is a log.
 
     Args:
         cfg: a config of `load_cfg`.
@@ -126,7 +126,7 @@ def check_model_and_datasets(cfg: CfgNode, training: bool, num_processes: int = 
 
 
 def log_device(cfg: CfgNode, num_gpus: int) -> None:
-    """Says in the log where no GPU is used although --num-gpus asks for some."""
+    """Warns in the log if no GPU is used although --num-gpus asks for some."""
     if cfg.MODEL.DEVICE == "cpu" and num_gpus > 0:
         # One GPU is the default of --num-gpus, more were asked for.
         logger.log(
@@ -137,7 +137,7 @@ def log_device(cfg: CfgNode, num_gpus: int) -> None:
 
 
 def _expand_home(cfg: CfgNode) -> None:
-    """Puts the home folder in place of the ~ that a path begins with, as a shell does; YAML has no shell."""
+    """Replaces a leading ~ of paths by the home folder, as a shell does; YAML has no shell."""
     for key, value in cfg.items():
         if isinstance(value, CfgNode):
             _expand_home(value)
@@ -146,7 +146,7 @@ def _expand_home(cfg: CfgNode) -> None:
 
 
 def _at_home(value: Any) -> Any:
-    """A path, or paths in lists and tuples, with the home folder for ~; any other value as it is."""
+    """A path, or paths in lists and tuples, with the home folder for ~; any other value unchanged."""
     if isinstance(value, str):
         return os.path.expanduser(value)
     if isinstance(value, Path):

@@ -1,7 +1,7 @@
 """Signals that ask a command to end: SIGINT, SIGTERM and SIGUSR1, SLURM's warning before a job's time is up.
 
-In training the first one is a request, which the loop answers at its next step by a checkpoint; anywhere else, and at
-the second one, the process ends at once. Either way its exit status is 128 + the signal's number and it prints one
+In training the first one is a request, which the loop answers at its next step with a checkpoint. Elsewhere, and at the
+second one, the process ends at once. Either way its exit status is 128 + the signal's number and it prints one
 line. A thread reads the signals, since Python's own handlers must wait for a long call of C++, such as a backward pass.
 
 Processes that a launcher has started end when it is gone, and so do those that they start themselves.
@@ -27,19 +27,19 @@ from torch.utils.data import DataLoader
 logger = logging.getLogger(__name__)
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-# Variable of the environment of a process that is to end when the one that started it is gone.
+# Environment variable of a process that must end when its launcher is gone.
 LAUNCHED = "KARAT_DET_LAUNCHED"
-# Seconds that a run has for its last checkpoint when its launcher is gone.
+# Seconds for a run's last checkpoint when its launcher is gone.
 _WITHOUT_PARENT = 10.0
-# A launcher passes on what a terminal or SLURM has sent to all processes already: one signal, that comes twice. The
-# command `timeout` sends its own twice within a millisecond, to its child and to all of its group.
+# A launcher passes on a signal that a terminal or SLURM has sent to all processes already, so that it comes twice. The
+# command `timeout` sends its signal twice within a millisecond, to its child and to the child's group.
 _TWICE = 1.0
 _TWICE_WITHOUT_LAUNCHER = 0.1
 _PR_SET_PDEATHSIG = 1
 
 
 class Stopped(SystemExit):
-    """Ends a run after its checkpoint, with exit status 128 + `number`, that of the signal that asked for it."""
+    """Ends a run after its checkpoint, with exit status 128 + `number`, the signal's."""
 
     def __init__(self, number: int):
         super().__init__(128 + number)
@@ -47,15 +47,15 @@ class Stopped(SystemExit):
 
 class _State:
     installed = False
-    # Whether a loop looks for requests, so that a signal is no order to end at once.
+    # Whether a loop looks for requests, so that a signal does not end the process at once.
     awaited = False
     request = 0
     requested_at = 0.0
-    # Of a process that a launcher has started, the launcher's number.
+    # The launcher's process number, in a process that a launcher has started.
     parent = 0
     # Whether this process is such a launcher itself.
     passes_on = False
-    # Whether the line that this process ends with is said.
+    # Whether this process has printed its last line.
     said = False
     # torch's handler of SIGCHLD, once there is one, and whether it is due.
     child_handler: Callable[[int, Any], None] | None = None
@@ -67,7 +67,7 @@ _state = _State()
 
 
 def install() -> None:
-    """Has this module look after the signals of this process; call it in the main thread."""
+    """Installs the handling of signals in this process; call it in the main thread."""
     if _state.installed:
         return
     _state.installed = True
@@ -91,7 +91,7 @@ def requested() -> int:
 
 @contextmanager
 def passed_on() -> Iterator[None]:
-    """Within it signals go on to the processes that this one has started by multiprocessing."""
+    """A context in which signals are passed on to processes that this one has started by multiprocessing."""
     _state.passes_on = True
     try:
         with awaited():
@@ -102,10 +102,10 @@ def passed_on() -> Iterator[None]:
 
 @contextmanager
 def awaited(yes: bool = True) -> Iterator[None]:
-    """Within it the first signal is a request, for a loop to answer; if not `yes`, it ends the process at once.
+    """A context in which the first signal is a request to a loop; if not `yes`, it ends the process at once.
 
     Args:
-        yes: False where a loop has a part that it need not save, as an evaluation.
+        yes: False for a part of a loop without results to save, such as an evaluation.
     """
     before, _state.awaited = _state.awaited, yes
     try:
@@ -118,9 +118,9 @@ def awaited(yes: bool = True) -> Iterator[None]:
 
 @contextmanager
 def images_awaited() -> Iterator[None]:
-    """Within it the death of a process that reads images is an error at once; in a step of training, it waits for it.
+    """A context in which the death of a process that reads images is an error at once; in the rest of a step it waits.
 
-    torch raises that error wherever the program is, as in the midst of an update; here the run can still be saved.
+    torch raises that error anywhere, even in the midst of an update; here the run can still be saved.
     """
     _state.images_awaited = True
     try:
@@ -145,7 +145,7 @@ def _child_ended(number: int, frame: Any) -> None:
 
 
 def stop(number: int, saved: str) -> None:
-    """Raises Stopped, saying in the main process of a run that its checkpoint is saved."""
+    """Raises Stopped, after a line in the main process of a run that its checkpoint is saved."""
     if comm.is_main_process():
         _say(f"Stopped by {signal.Signals(number).name}. Saved {saved}: go on from it with --resume.")
     _state.said = True
@@ -153,19 +153,19 @@ def stop(number: int, saved: str) -> None:
 
 
 def end(number: int) -> None:
-    """Ends this process at once, without a trace, saying in the main process of a run why."""
+    """Ends this process at once, without a trace, after a line with the reason in the main process of a run."""
     if comm.is_main_process():
         _say(f"Ended at once by {signal.Signals(number).name}.")
     os._exit(128 + number)
 
 
 def leave_to_parent(loader: Any) -> Any:
-    """Has the workers of a data loader leave signals to their parent. Returns the loader.
+    """Makes the workers of a data loader leave signals to their parent. Returns the loader.
 
     A terminal and SLURM send them to all processes, and the parent still needs the images for the step that it is in.
 
     Args:
-        loader: torch's, or one around it, which has it as `loader` or `dataset`.
+        loader: torch's, or a wrapper with torch's as `loader` or `dataset`.
     """
     inner = loader
     while not isinstance(inner, DataLoader):
@@ -202,7 +202,7 @@ def _watch(reader: int) -> None:
 
 
 def _take(number: int) -> None:
-    """Takes a signal: as a request, as the same one passed on, or as an order to end."""
+    """Handles a signal: a request, the same one passed on, or an order to end."""
     now, twice = time.monotonic(), _TWICE if _state.parent else _TWICE_WITHOUT_LAUNCHER
     if number == _state.request and now - _state.requested_at < twice:
         return
@@ -216,7 +216,7 @@ def _take(number: int) -> None:
 
 
 def _end_as_orphan(number: int = signal.SIGTERM, *later: int) -> None:
-    """Ends this process, whose launcher is gone; in training there is a while for the step and a checkpoint."""
+    """Ends this process, whose launcher is gone; in training after some time for the step and a checkpoint."""
     _state.request = _state.request or number
     if _state.awaited:
         time.sleep(_WITHOUT_PARENT)
@@ -233,11 +233,11 @@ def _become_a_child() -> None:
 
 
 def _end_with_parent(number: int) -> None:
-    """Has Linux send this process a signal when its parent ends."""
+    """Makes Linux send this process a signal when its parent ends."""
     parent = os.getppid()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number))
-        if os.getppid() != parent:  # It has gone meanwhile.
+        if os.getppid() != parent:  # it is gone already
             os.kill(os.getpid(), number)
 
 

@@ -48,7 +48,7 @@ class Trainer(DefaultTrainer):
         cfg: a config of `load_cfg`.
 
     Raises:
-        ValueError, FileNotFoundError: the datasets or the model's sizes are not what the config needs.
+        ValueError, FileNotFoundError: the datasets or the model's sizes do not fit the config.
     """
 
     def __init__(self, cfg: CfgNode):
@@ -120,7 +120,7 @@ class Trainer(DefaultTrainer):
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError where the state is not of such a run, or is further than SOLVER.MAX_ITER."""
+        """Raises ValueError if the state is not such a run's, or is beyond SOLVER.MAX_ITER."""
         with foreign_state_refused():
             done = checked_iteration(state) + 1
             if done > self.max_iter:
@@ -161,7 +161,7 @@ class Trainer(DefaultTrainer):
 
 
 def best_metric(cfg: CfgNode) -> str | None:
-    """Name under which the metric that decides the best checkpoint is stored; None without a test set."""
+    """Name in the storage of the best checkpoint's metric; None without a test set."""
     if not cfg.DATASETS.TEST:
         return None
     # Detectron2 names the dataset where there are several; the first one decides.
@@ -172,13 +172,13 @@ def best_metric(cfg: CfgNode) -> str | None:
 class Step(SimpleTrainer):
     """One optimiser step: forward under bfloat16 if SOLVER.AMP.ENABLED, backward, clip, update.
 
-    Detectron2's AMPTrainer is for CUDA and float16; bfloat16 needs no loss scaling, and runs on the CPU too. Where a
-    loss, a gradient or the update is not finite, SOLVER.ON_DIVERGENCE says what becomes of the run.
+    Detectron2's AMPTrainer is for CUDA and float16; bfloat16 needs no loss scaling, and runs on the CPU too.
+    SOLVER.ON_DIVERGENCE sets what happens if a loss, a gradient or the update is not finite.
 
     Attributes:
         updated: whether the last step has changed the weights.
-        intact: whether an error in this step has left all processes as they were before it, but for what `undo` undoes.
-        checkpointer: of the run, once there is one.
+        intact: whether an error in this step leaves all processes as before it, except for what `undo` undoes.
+        checkpointer: the run's, once there is one.
     """
 
     def __init__(self, model, data_loader, optimizer, cfg: CfgNode):
@@ -199,7 +199,7 @@ class Step(SimpleTrainer):
         order = getattr(self.data_loader, "order", None)  # A benchmark's images have none.
         statistics = [buffer.clone() for buffer in self._statistics]
         self._before = getattr(order, "place", 0), statistics, getattr(unwrapped(self.model), _NORMALIZER, None)
-        # Of several processes one may fail alone.
+        # One of several processes may fail alone.
         self.intact = comm.get_world_size() == 1
         start = time.perf_counter()
         data = self._next_images()
@@ -245,7 +245,7 @@ class Step(SimpleTrainer):
         self.divergence.passed(norm)
 
     def undo(self) -> None:
-        """Takes back what a step that updates nothing has changed all the same."""
+        """Takes back the changes of a step without an update."""
         self.data_loader.order.place = self._before[0]
         self._undo_forward()
 
@@ -288,13 +288,13 @@ class Step(SimpleTrainer):
             alike = len(normalizers) == comm.get_world_size()
             own = normalizers[comm.get_rank()] if alike else sum(normalizers) / len(normalizers)
             setattr(unwrapped(self.model), _NORMALIZER, own)
-        # Whatever has been loaded ahead is of another place.
+        # Images loaded ahead are for another place.
         self._data_loader_iter_obj = None
 
     def restore(self) -> str:
         """Gives the run the weights, their averages and the optimiser's state of its last checkpoint.
 
-        Where the run is stays as it is: its iteration, its schedule, and its place in the order of images.
+        Its iteration, its schedule and its place in the order of images stay.
 
         Returns:
             Path of the checkpoint; "" if there is none.
@@ -328,7 +328,7 @@ class Step(SimpleTrainer):
 
 @contextmanager
 def foreign_state_refused(what: str = "It") -> Iterator[None]:
-    """Raises ValueError, whose subject is `what`, for what reading a run's state raises where it is none."""
+    """A context that turns errors of reading an invalid state into a ValueError with the subject `what`."""
     try:
         yield
     except (KeyError, TypeError, AttributeError, IndexError) as error:
@@ -336,7 +336,7 @@ def foreign_state_refused(what: str = "It") -> Iterator[None]:
 
 
 def checked_iteration(state: Any) -> int:
-    """The last iteration of a run's state; a ValueError if it is none."""
+    """The last iteration of a run's state; raises ValueError if it is invalid."""
     iteration = state["iteration"]
     if type(iteration) is not int or not 0 <= iteration < 2**63:
         raise ValueError(f"Its last iteration is {iteration!r}, which is none.")
@@ -344,7 +344,7 @@ def checked_iteration(state: Any) -> int:
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """The model itself, where it is in a DistributedDataParallel."""
+    """The model, without a DistributedDataParallel around it."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
@@ -358,14 +358,14 @@ def autocast_arguments(cfg: CfgNode) -> dict[str, Any]:
 
 
 class Rates(LRScheduler):
-    """Detectron2's hook, but the rates of a run that resumes are those of the config, and not of the checkpoint."""
+    """Detectron2's hook, but a resumed run has the config's rates, not the checkpoint's."""
 
     def before_train(self) -> None:
         super().before_train()
         self.go_to(self.trainer.start_iter)
 
     def go_to(self, iteration: int) -> None:
-        """Sets the rates to those with which an iteration begins."""
+        """Sets the rates for the beginning of an iteration."""
         self.scheduler.last_epoch = iteration
         for group, rate in zip(self._optimizer.param_groups, self.scheduler.get_lr(), strict=True):
             group["lr"] = rate
