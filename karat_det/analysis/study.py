@@ -148,7 +148,8 @@ def run_study(study: Study, output_dir: str | Path, jobs: int) -> str:
     def train(job: int, variant: str, start: str, seed: int) -> dict[str, Any]:
         settings = study.settings | study.variants[variant] | {"SEED": seed}
         folder = output_dir / _folder_name(start) / _folder_name(variant) / f"seed_{seed}"
-        result = _train(study, settings, folder, job, weights[start].result() if start in weights else None)
+        of_start = (study.settings | study.starts[start], weights[start].result()) if start in weights else ()
+        result = _train(study, settings, folder, job, *of_start)
         logger.info("%s, from %s, seed %d: mask AP %.1f", variant, start, seed, result["segm/AP"])
         return {"variant": variant, "start": start, "seed": seed, **result}
 
@@ -258,22 +259,20 @@ def _plot(study: Study, values: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def _train(study: Study, settings: Settings, folder: Path, job: int, weights: Path | None = None) -> dict[str, float]:
-    """Trains one run to its end, unless it has a result, and returns its AP."""
+def _train(
+    study: Study, settings: Settings, folder: Path, job: int, start: Settings | None = None, weights: Path | None = None
+) -> dict[str, float]:
+    """Trains a run to its end, unless it has a result, and returns its AP. `start` holds what trained its weights."""
     result, settings_file = folder / "result.json", folder / "settings.yaml"
-    # The whole config, since CONFIG may change too, except keys that depend on the machine and change no result, and
-    # the start's weights, whose path depends on --output.
-    cfg = load_cfg(str(study.config), _words(settings)).clone()
-    cfg.defrost()
-    cfg.MODEL.DEVICE, cfg.DATALOADER.NUM_WORKERS = "", 0
-    told = cfg.dump()
-    if settings_file.is_file() and settings_file.read_text(encoding="utf-8") != told:
+    # The start is compared by its settings, since the path of its weights depends on --output.
+    compared = "---\n".join(_compared(study, trained) for trained in (start, settings) if trained)
+    if settings_file.is_file() and settings_file.read_text(encoding="utf-8") != compared:
         raise RuntimeError(
             f"{folder} holds a run with other settings, see settings.yaml there. Remove the folder, or name another "
             "--output."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    settings_file.write_text(told, encoding="utf-8")
+    settings_file.write_text(compared, encoding="utf-8")
     if result.is_file():
         return json.loads(result.read_text(encoding="utf-8"))
     command = [sys.executable, str(_TRAIN_NET), "--config-file", str(study.config), "--resume"]
@@ -302,6 +301,14 @@ def _train(study: Study, settings: Settings, folder: Path, job: int, weights: Pa
         if checkpoint.name != "model_final.pth":
             checkpoint.unlink()
     return figures
+
+
+def _compared(study: Study, settings: Settings) -> str:
+    """The whole config, since CONFIG may change too, except keys that depend on the machine and change no result."""
+    cfg = load_cfg(str(study.config), _words(settings)).clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE, cfg.DATALOADER.NUM_WORKERS = "", 0
+    return cfg.dump()
 
 
 def _last_evaluation(path: Path) -> dict[str, float]:

@@ -87,6 +87,7 @@ def test_a_finished_run_is_not_taken_for_one_with_other_settings(study):
         "longer.yaml": {"SETTINGS": content["SETTINGS"] | {"SOLVER.MAX_ITER": 3}},
         "narrow.yaml": {"SETTINGS": content["SETTINGS"] | {"SOLVER.AMP.ENABLED": True}},
         "decays.yaml": {"CONFIG": "own.yaml"},
+        "random.yaml": {"STARTS": {"softmax": {}}},
     }
     for name, other in others.items():
         other = content | other
