@@ -15,6 +15,7 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import logger as detectron2_logger
 
+from karat_det.data import images
 from karat_det.data.digits import DIGITS_NAMES, register_digits
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -61,6 +62,7 @@ def _run(command, folder, environment, prepare):
         for each in (logging.root, *map(logging.getLogger, logging.root.manager.loggerDict)):
             each.handlers.clear()
         detectron2_logger.setup_logger.cache_clear()
+        images._named.clear()  # What was logged once in the tests' process.
         # They are where the environment says.
         for dataset in DIGITS_NAMES:
             DatasetCatalog.remove(dataset)
