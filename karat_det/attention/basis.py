@@ -48,7 +48,7 @@ class Basis(ABC):
         """
 
     def elements_per_input(self, units: int) -> int:
-        """How many elements `sums` forms for one input."""
+        """Number of elements that `sums` forms for one input."""
         return units
 
 
@@ -111,8 +111,8 @@ class _CosineAndSine(torch.autograd.Function):
 class BSpline(LinearBasis):
     """φ(x) = Σ_j c_j B_j(x) + w SiLU(x), B-splines of order k on G intervals over [−I, I], as in KAN.
 
-    Coefficients are c then w: (heads, G + k + 1, M, P), all from N(0, 1) at the start. Outside [−I, I] what is left
-    fades out, within k intervals, to w SiLU(x). Source: section 2.2 of KAN, arXiv 2404.19756.
+    Coefficients are c then w: (heads, G + k + 1, M, P), all from N(0, 1) at the start. Outside [−I, I] φ
+    fades, within k intervals, to w SiLU(x). Source: section 2.2 of KAN, arXiv 2404.19756.
 
     Args:
         grid_size: number of intervals G.
@@ -142,7 +142,7 @@ class Rational(Basis):
     """φ(x) = (a₀ + a₁x + … + a₅x⁵) / (1 + |b₁x + … + b₄x⁴|), the safe Padé unit of order (5, 4).
 
     Coefficients are a₀ to a₅, then b₁ to b₄: (heads, 10, M, P). Source: arXiv 1907.06732. The paper of KArAt does not
-    say how they start: here a_j ~ N(0, 1) / j! and b_j ~ 0.1 · N(0, 1) / j!, so that no power takes the lead and the
+    say how they start: here a_j ~ N(0, 1) / j! and b_j ~ 0.1 · N(0, 1) / j!, so that no power dominates and the
     denominator, whose gradient is 0 at b = 0, can learn.
     """
 
@@ -177,11 +177,10 @@ class Rational(Basis):
 class Wavelet(Basis):
     """φ(x) = w ψ((x − τ) / s), w ~ N(0, 1), τ = 0, s = 1 at the start.
 
-    Coefficients are w, τ, s: (heads, 3, M, P). Where |s| is below 0.01, it is 0.01 that x − τ is divided by, with the
-    sign of s.
+    Coefficients are w, τ, s: (heads, 3, M, P). If |s| is below 0.01, x − τ is divided by 0.01 with the sign of s.
 
     Args:
-        name: of the mother wavelet ψ, see MOTHER_WAVELETS.
+        name: the mother wavelet ψ, see MOTHER_WAVELETS.
     """
 
     family = (3,)

@@ -1,4 +1,4 @@
-"""What is added to attention scores, and which of them count."""
+"""Biases and masks of attention scores."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Bias(NamedTuple):
-    """What is added to the scores of N queries and M keys: the sum of the terms that are not None.
+    """The bias of the scores of N queries and M keys: the sum of the terms that are not None.
 
     The last two are for keys on a grid of H · W = M places, and come together: a query has a term for each row and one
     for each column of the grid, and a key gets those of its own. Decomposed relative positions are of this kind
@@ -46,15 +46,15 @@ def of_heads(tensor: Tensor | None, heads: slice) -> Tensor | None:
 
 
 def split_mask(bias: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Separates what a bias adds from what it hides.
+    """Separates a bias into finite values and a mask.
 
     Args:
         bias: a boolean mask, False where a query does not see a key; or floats, −∞ there, as torch's
             scaled_dot_product_attention takes them.
-        mask: boolean; what it hides stays hidden.
+        mask: boolean; a key that it hides stays hidden.
 
     Returns:
-        A finite bias and a boolean mask, or None where there is none.
+        A finite bias and a boolean mask, each None if there is none.
     """
     if bias.dtype == torch.bool:
         return None, bias if mask is None else mask & bias

@@ -1,4 +1,4 @@
-"""What a learnable operator is made of."""
+"""The config of a learnable operator."""
 
 import math
 import re
@@ -18,7 +18,7 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class KArAtConfig:
-    """What the learnable operator is made of.
+    """The config of a learnable operator.
 
     Args:
         basis: family of the one-dimensional functions: "fourier", "bspline", "rational", "mexican_hat", "morlet",
@@ -32,13 +32,13 @@ class KArAtConfig:
             "two_operators", Φ̂₂(Φ̂₁(A)), without W.
         projection: "simplex" projects each row of σ̂(A) on the probability simplex. It forms N×N matrices. Or "none".
         residual: "none", or "softmax" for softmax(A) + W Φ̂(A), where W starts at 0: a network trained with softmax
-            then starts as exactly what it was. Where W is not the last, the last functions' amplitudes start at 0; a
-            base function would stay, so that only "zero" is allowed.
-        num_karat_heads: how many of a block's heads, the first ones, are KArAt; the rest are softmax. None is all.
+            then starts exactly as it was. If W is not last, the last functions' amplitudes start at 0; a base function
+            would stay, so only "zero" is allowed.
+        num_karat_heads: number of a block's heads that are KArAt, the first ones; the rest are softmax. None is all.
         init: "scaled" has fixed factors that keep units at unit variance and σ̂ at the scale of 1/N whatever N and G:
             for Fourier and "project_after" 1/√(N·G) before Φ̂, whose coefficients are from N(0, 1), and 1/N before W,
-            uniform in ±1. Neither the output nor what one optimiser step does to it then grows with N. The factor of
-            Φ̂ is on a base function too, without being reckoned from it.
+            uniform in ±1. Neither the output nor its change by one optimiser step then grows with N. The factor of Φ̂
+            applies to a base function too, but does not depend on it.
             "paper" has no fixed factors: Fourier coefficients from N(0, 1) (Table 6), and W, of which the paper says
             nothing, uniform in ±1/√m as a linear layer of m inputs.
         spline_order: k of "bspline".

@@ -1,6 +1,6 @@
-"""Multi-head self-attention with a KArAt operator where softmax stood.
+"""Multi-head self-attention with a KArAt operator in softmax's place.
 
-Takes the place of Detectron2's `modeling.backbone.vit.Attention` and of timm's `layers.Attention`, and keeps their
+Replaces Detectron2's `modeling.backbone.vit.Attention` and of timm's `layers.Attention`, and keeps their
 parameter names, so that their checkpoints load by name: `qkv`, `proj`, `rel_pos_h`, `rel_pos_w`.
 """
 
@@ -17,18 +17,17 @@ class KArAtAttention(nn.Module):
     """Multi-head self-attention whose scores pass through learnable functions in place of softmax.
 
     Args:
-        dim: number of channels C.
-        num_heads: number of heads; must divide dim.
-        operator: takes the place of softmax, for as many heads; its num_tokens is N, the number of tokens that attend
+        dim: number of channels C. num_heads: number of heads; must divide dim. operator: in softmax's place, for the
+        same number of heads; its num_tokens is N, the number of tokens that attend
             to each other.
-        shares_operator: whether other attentions have the same operator. It is then used but not registered here, so
-            that whoever shares it must register it, once.
+        shares_operator: whether other attentions have the same operator. It is then used but not registered here: the
+            model must register it, once.
         qkv_bias: whether query, key and value have a bias.
         use_rel_pos: whether decomposed relative positions are added to the scores (section 4 of MViTv2,
             arXiv 2112.01526, as in Detectron2).
-        rel_pos_zero_init: whether these start at zero; else from a truncated normal of deviation 0.02.
-        input_size: (H, W) of the token grid, H · W = N, or less where the first tokens are none of the grid; needed
-            for relative positions, where all are, and by whoever resamples the operator to another grid.
+        rel_pos_zero_init: whether these start at zero; else from a truncated normal of deviation 0.02. input_size: (H,
+        W) of the token grid, without class tokens. Required for relative positions, which need H · W = N,
+            and for resampling the operator to another grid.
         proj_drop: dropout after the output projection.
 
     Raises:
@@ -82,7 +81,7 @@ class KArAtAttention(nn.Module):
             x: tokens on a grid (B, H, W, C), as in Detectron2, or in a row (B, N, C), as in timm.
             attn_mask: broadcastable to (B, heads, N, N). Finite floats are added to the scores; a boolean mask is False
                 where a query does not see a key, as in torch's scaled_dot_product_attention.
-            is_causal: must be False; it is there since timm's blocks pass it.
+            is_causal: must be False; timm's blocks pass it.
 
         Returns:
             A tensor of the shape of x.
@@ -104,7 +103,7 @@ class KArAtAttention(nn.Module):
 
 
 def check_operator(operator: KArAtOperator, num_heads: int, num_tokens: int) -> None:
-    """Raises ValueError unless an operator is for so many heads and tokens."""
+    """Raises ValueError unless an operator is for these numbers of heads and tokens."""
     if (operator.num_heads, operator.num_tokens) != (num_heads, num_tokens):
         raise ValueError(
             f"operator is for {operator.num_heads} heads and N = {operator.num_tokens} tokens, but this attention has "
@@ -113,7 +112,7 @@ def check_operator(operator: KArAtOperator, num_heads: int, num_tokens: int) -> 
 
 
 def rel_pos_terms(query: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> tuple[Tensor, Tensor]:
-    """Decomposed relative positions: what a score gains for the row and for the column of the grid that its key is in.
+    """Decomposed relative positions: terms of a score for the row and for the column of its key in the grid.
 
     Args:
         query: of shape (B, heads, H · W, d), without the scores' scale, as in Detectron2.

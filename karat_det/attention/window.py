@@ -1,4 +1,4 @@
-"""Self-attention within windows of a feature map, with a KArAt operator where softmax stood.
+"""Self-attention within windows of a feature map, with a KArAt operator in softmax's place.
 
 A window is M × M tokens of a map that is padded, on the right and below, to whole windows: those of Detectron2's ViT,
 and W-MSA of Swin, "Swin Transformer", arXiv 2103.14030. Swin's SW-MSA shifts windows by M / 2, rolling the map, so that
@@ -19,10 +19,10 @@ from .operator import KArAtOperator
 
 
 class KArAtViTDetWindowAttention(KArAtAttention):
-    """KArAtAttention within windows of a feature map, of which nothing attends to padding.
+    """KArAtAttention within windows of a feature map; nothing attends to padding.
 
-    It pads the map and cuts it into windows itself, as Detectron2's `vit.Block` does: of a block that it is in,
-    `window_size` must be 0. It is made of KArAtAttention's arguments, input_size being (M, M).
+    It pads the map and cuts it into windows itself, so its Detectron2 `vit.Block` must have `window_size` 0. Its
+    arguments are KArAtAttention's, with input_size (M, M).
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -42,13 +42,13 @@ class KArAtViTDetWindowAttention(KArAtAttention):
 
 
 class KArAtSwinWindowAttention(nn.Module):
-    """W-MSA or SW-MSA with a KArAt operator where softmax stood; it takes over the layers of Detectron2's or timm's.
+    """W-MSA or SW-MSA with a KArAt operator in softmax's place; it takes over the layers of Detectron2's or timm's.
 
     Args:
         softmax: the `WindowAttention` of either. Its `relative_position_bias_table`, `relative_position_index`, `qkv`,
             `proj` and `proj_drop` become this one's.
-        operator: for as many heads, and for the tokens of a window.
-        shift_size: by how many tokens the windows are shifted.
+        operator: for the same number of heads, and for the tokens of a window.
+        shift_size: shift of the windows, in tokens.
 
     Attributes:
         map_size: (H, W) of the feature map, in tokens, without padding; to be set before `forward`. None: no window
@@ -66,7 +66,7 @@ class KArAtSwinWindowAttention(nn.Module):
         self.num_heads = softmax.num_heads
         self.scale = softmax.scale
         self.relative_position_bias_table = softmax.relative_position_bias_table
-        # Detectron2 has it in its state dict, timm has not.
+        # Detectron2 has it in its state dict, timm does not.
         persistent = "relative_position_index" in softmax.state_dict()
         self.register_buffer("relative_position_index", softmax.relative_position_index, persistent)
         self.qkv = softmax.qkv
@@ -80,7 +80,7 @@ class KArAtSwinWindowAttention(nn.Module):
         Args:
             x: tokens of the windows, (B · windows, N, C).
             mask: for the windows of an image, (windows, N, N), 0 where a query sees a key, as Swin's blocks pass it. It
-                knows nothing of padding: where map_size is known, it is not read.
+                ignores padding: if map_size is set, it is not read.
 
         Returns:
             A tensor of the shape of x.
@@ -109,15 +109,15 @@ def attend_by_regions(
     """Applies an attention to windows, without a mask to those of one region, where it is leaner.
 
     Args:
-        attend: maps some of the windows, of the shape of x but for their number, and a mask (some, 1, N, N), False
-            where a query does not see a key, or None, to tokens of the same shape but for the last dimension.
+        attend: maps some of the windows, (some, ...) like x, and a mask (some, 1, N, N), False where a query does not
+            see a key, or None, to tokens of the same shape except for the last dimension.
         x: tokens of the windows, (B · windows, ...).
         map_size, window_size, shift_size: see `window_regions`.
 
     Returns:
-        What `attend` made, in the order of x.
+        The results of `attend`, in the order of x.
     """
-    # From numbers of Python's, so that torch.compile knows how many windows are divided.
+    # From Python's integers, so that torch.compile knows how many windows are divided.
     rows, columns = (
         [len(set(places)) > 1 for places in _axis_regions(size, window_size, shift_size)] for size in map_size
     )
@@ -147,7 +147,7 @@ def window_regions(map_size: tuple[int, int], window_size: int, shift_size: int)
     Args:
         map_size: (H, W) of the feature map, in tokens, without padding.
         window_size: side of a window, in tokens.
-        shift_size: by how many tokens the map, padded to whole windows, is rolled before it is cut into windows.
+        shift_size: roll of the map, padded to whole windows, before it is cut into windows, in tokens.
     """
     # (windows along the axis, M)
     rows, columns = (torch.tensor(_axis_regions(size, window_size, shift_size)) for size in map_size)
@@ -155,8 +155,8 @@ def window_regions(map_size: tuple[int, int], window_size: int, shift_size: int)
 
 
 def _axis_regions(size: int, window_size: int, shift_size: int) -> list[list[int]]:
-    """Of each place of each window along one axis: 1 if the roll has brought it from the opposite edge, plus 2 if it is
-    padding."""
+    """Code of each place of each window along one axis: 1 if the roll has brought it from the opposite edge, plus 2 if
+    it is padding."""
     padded = math.ceil(size / window_size) * window_size
     places = [(place + shift_size) % padded for place in range(padded)]
     regions = [(place < shift_size) + 2 * (place >= size) for place in places]

@@ -21,7 +21,7 @@ from ..config import karat_config, named_by_key
 from .replace import replace_attention
 
 _FAMILIES = {VisionTransformer: "ViT", ConVit: "ConViT", SwinTransformer: "Swin"}
-# Keys of MODEL that set timm's argument of the same name. ConViT's depth and heads hang together with the number of its
+# Keys of MODEL that set timm's argument of the same name. ConViT's depth and heads depend on the number of its
 # convolutional blocks; Swin has a depth and a number of heads for each stage.
 _SIZES = {
     VisionTransformer: ("IMG_SIZE", "PATCH_SIZE", "EMBED_DIM", "DEPTH", "NUM_HEADS"),
@@ -34,7 +34,7 @@ def build_classifier(cfg: CfgNode, num_classes: int) -> nn.Module:
     """Builds a classifier of timm's with KArAt in its blocks, from MODEL, with random weights.
 
     With MODEL.KARAT.ENABLED False it is timm's own, key for key. A universal operator, shared by the blocks that have
-    KArAt, is `operator`; those of blockwise sharing are `attn.operator` of their blocks. Of ConViT, the blocks of plain
+    KArAt, is `operator`; those of blockwise sharing are `attn.operator` of their blocks. In ConViT the blocks of plain
     self-attention get KArAt, not those that are gated by positions.
 
     Args:
@@ -52,7 +52,7 @@ def build_classifier(cfg: CfgNode, num_classes: int) -> nn.Module:
 
 
 def _replace_attention(model: nn.Module, cfg: CfgNode) -> None:
-    """Puts KArAt in the place of softmax in every block that is to have it."""
+    """Replaces softmax by KArAt in the chosen blocks."""
     name, karat = cfg.MODEL.NAME, cfg.MODEL.KARAT
     config = karat_config(cfg)
     try:
@@ -113,7 +113,7 @@ def _checked_overrides(cfg: CfgNode) -> dict[str, int | float]:
 
 @cache  # it takes a third of a second
 def _original(name: str) -> nn.Module:
-    """timm's model of a name, for its kind and sizes: it has no values."""
+    """timm's model of a name, for its kind and sizes; its tensors have no values."""
     with torch.device("meta"):
         return timm.create_model(name, pretrained=False)
 

@@ -1,4 +1,4 @@
-"""The levels of a feature pyramid, against what the heads of a detector read."""
+"""Checks the levels of a feature pyramid against those that the heads of a detector read."""
 
 from detectron2.config import CfgNode
 
@@ -9,7 +9,7 @@ def check_levels(cfg: CfgNode, levels: list[str], made_of: str) -> None:
     Args:
         cfg: the detector's config.
         levels: names of the pyramid's levels.
-        made_of: the keys that decide which levels there are, with their values, for the message.
+        made_of: the keys of the levels, with their values, for the message.
 
     Raises:
         ValueError: a head reads another level, or the number of anchor sizes is not that of the RPN's levels.

@@ -1,7 +1,7 @@
 """Puts KArAt into a built transformer: Detectron2's ViT and Swin, timm's ViT, ConViT and Swin.
 
-Projections, relative positions and dropout of the softmax attention stay as they are, and under their names: weights
-that the transformer has are kept, and checkpoints load by name before and after.
+Projections, relative positions and dropout of the softmax attention stay, under their names: the transformer keeps its
+weights, and checkpoints load by name before and after.
 """
 
 import math
@@ -34,19 +34,19 @@ def replace_attention(
     blocks: Collection[int] | None = None,
     image_size: tuple[int, int] | None = None,
 ) -> nn.Module:
-    """Puts KArAt in the place of softmax in the attention of a transformer's blocks.
+    """Replaces softmax by KArAt in the attention of a transformer's blocks.
 
-    One seed draws the same for softmax and KArAt after this: the state of PyTorch's random numbers is kept.
+    One seed draws the same for softmax and KArAt after this: the state of PyTorch's generator is kept.
 
     Args:
         model: Detectron2's ViT or SwinTransformer, timm's VisionTransformer, ConVit or SwinTransformer. It is changed.
-        config: of the operators.
+        config: the operators'.
         sharing: "blockwise" gives each block an operator of its own, `attn.operator` of the block; "universal" gives
             all the same one, `operator` of the model, which must be for one number of heads and tokens.
-        blocks: indices of the blocks that get KArAt, counted through all stages of a Swin. None is all that can: of
-            ConViT, those that are not gated by positions.
-        image_size: (height, width), in pixels, of the images that a Detectron2 ViT is for. Only global blocks without
-            relative positions need it: other attention knows its number of tokens.
+        blocks: indices of the blocks that get KArAt, counted through all stages of a Swin. None is all blocks for
+            KArAt: in ConViT, those that are not gated by positions.
+        image_size: (height, width), in pixels, of the images of a Detectron2 ViT. Only global blocks without relative
+            positions need it: other attention has a known number of tokens.
 
     Returns:
         The model, so that a LazyConfig can build it: `LazyCall(replace_attention)(model=LazyCall(ViT)(…), …)`.
@@ -111,7 +111,7 @@ def _chosen_blocks(model: nn.Module, indices: Collection[int] | None) -> dict[in
 
 
 def _is_plain(attention: nn.Module | None) -> bool:
-    """Whether an attention is multi-head self-attention and no more: neither gated nor with norms of its own."""
+    """Whether an attention is plain multi-head self-attention, neither gated nor with norms."""
     names = {"qkv.weight", "qkv.bias", "proj.weight", "proj.bias", "rel_pos_h", "rel_pos_w"}
     names |= {"relative_position_bias_table", "relative_position_index"}
     return (
@@ -157,7 +157,7 @@ def _vit_grid(model: nn.Module, block: nn.Module, image_size: tuple[int, int] | 
 
 
 def _check_windows(model: nn.Module, block: nn.Module) -> None:
-    """Checks what the windows of timm's Swin must be."""
+    """Checks that the windows of timm's Swin tile its feature maps."""
     (height, width), (rows, columns) = block.input_resolution, block.window_size
     if rows != columns or height % rows or width % columns:
         # timm pads such maps; softmax learns to live with it, an operator would sum over the padding.
@@ -203,7 +203,7 @@ def _karat_attention(
         return attention.train(softmax.training)
 
     is_vitdet = isinstance(model, detectron2_vit.ViT)
-    # timm's other tokens, for a class or as registers, stand before the grid.
+    # timm's class tokens and registers come before the grid.
     grid = _vit_grid(model, block, image_size) if is_vitdet else model.patch_embed.grid_size
     attention_type = KArAtViTDetWindowAttention if is_vitdet and block.window_size else KArAtAttention
     with torch.device("meta"):  # softmax's layers take the place of its own
@@ -224,5 +224,5 @@ def _karat_attention(
 
 
 def _pass_map_size(block: detectron2_swin.SwinTransformerBlock, inputs: tuple) -> None:
-    """Tells a block's attention the size of the feature map; Detectron2 tells it to the block alone."""
+    """Passes the size of the feature map to a block's attention; Detectron2 sets it on the block alone."""
     block.attn.map_size = block.H, block.W

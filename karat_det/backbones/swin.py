@@ -3,7 +3,8 @@
 "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows", arXiv 2103.14030, as in
 detectron2.modeling.backbone.swin. A block attends within windows of M × M tokens (W-MSA); every second one shifts them
 by M / 2 (SW-MSA), rolling the feature map, so that windows at its edge hold tokens that are no neighbours. Feature maps
-are padded to whole windows. Softmax masks the first by −100 and attends to the second; KArAt attends to neither.
+are padded to whole windows. Softmax masks pairs of such tokens by −100 and attends to padding; KArAt attends to
+neither.
 """
 
 import math
@@ -29,7 +30,7 @@ def build_swin_karat_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 
     Args:
         cfg: a config with the keys of `add_karat_config`.
-        input_shape: of the image; its channels count.
+        input_shape: the image's; its channels are used.
 
     Raises:
         ValueError: sizes do not fit each other, or a key has a value that is not allowed.
@@ -50,7 +51,7 @@ def build_swin_karat_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
         ape=swin.APE,
         out_indices=[_stages(cfg).index(name) for name in swin.OUT_FEATURES],
     )
-    # Detectron2 takes a patch of 4 pixels for granted here.
+    # Detectron2 assumes patches of 4 pixels here.
     net._out_feature_strides = {name: swin.PATCH_SIZE * 2 ** _stages(cfg).index(name) for name in swin.OUT_FEATURES}
     if cfg.MODEL.KARAT.ENABLED:
         _replace_attention(net, cfg)
@@ -70,7 +71,7 @@ def build_swin_karat_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 
 
 def _replace_attention(net: SwinTransformer, cfg: CfgNode) -> None:
-    """Puts KArAt in the place of softmax in every block that is to have it."""
+    """Replaces softmax by KArAt in the chosen blocks."""
     swin, karat = cfg.MODEL.SWIN, cfg.MODEL.KARAT
     config = karat_config(cfg)
     try:

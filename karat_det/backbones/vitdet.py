@@ -31,12 +31,12 @@ def build_vitdet_karat_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SimpleF
 
     With MODEL.KARAT.ENABLED False it is Detectron2's own, key for key. A universal operator, shared by the blocks that
     have KArAt, is `net.operator`; the operators of blockwise sharing are `net.blocks.<i>.attn.operator`. Images smaller
-    than MODEL.VIT.IMG_SIZE and IMG_WIDTH are padded to them; larger ones are refused where a global block has an
-    operator, and else taken as they are.
+    than MODEL.VIT.IMG_SIZE and IMG_WIDTH are padded to them. Larger ones are refused if a global block has an operator,
+    and else accepted.
 
     Args:
         cfg: a config with the keys of `add_karat_config`.
-        input_shape: of the image; its channels count.
+        input_shape: the image's; its channels are used.
 
     Raises:
         ValueError: sizes do not fit each other, or a key has a value that is not allowed.
@@ -64,7 +64,7 @@ def build_vitdet_karat_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SimpleF
     if vit.USE_REL_POS and height != width:
         for block in net.blocks:
             if not block.window_size:
-                # Detectron2 has made it for a square, and would stretch it with every image.
+                # Detectron2 makes it for a square, and would resize it with every image.
                 columns = 2 * (width // vit.PATCH_SIZE) - 1
                 block.attn.rel_pos_w = nn.Parameter(torch.zeros(columns, block.attn.rel_pos_w.shape[1]))
     if cfg.MODEL.KARAT.ENABLED:
@@ -90,7 +90,7 @@ def build_vitdet_karat_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SimpleF
 class PaddingFeaturePyramid(SimpleFeaturePyramid):
     """Detectron2's pyramid, which pads images, on the right and below, to the size that its ViT was made for.
 
-    Detectron2 itself pads a batch to its largest image, or to a square, to which it crops what is larger. Its coarsest
+    Detectron2 itself pads a batch to its largest image, or to a square, to which it crops larger ones. Its coarsest
     levels lose the edge of a map with an odd number of tokens; here every level covers the whole image.
 
     Args:
@@ -141,7 +141,7 @@ class PaddingFeaturePyramid(SimpleFeaturePyramid):
 
 
 def _replace_attention(net: ViT, cfg: CfgNode) -> None:
-    """Puts KArAt in the place of softmax in every block that is to have it."""
+    """Replaces softmax by KArAt in the chosen blocks."""
     vit, karat = cfg.MODEL.VIT, cfg.MODEL.KARAT
     config = karat_config(cfg)
     try:

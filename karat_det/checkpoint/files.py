@@ -1,8 +1,8 @@
 """Weights files, read without running code from them: torch.save's, safetensors and Detectron2's .pkl.
 
-torch reads its own with its weights-only loader. A .pkl goes through an unpickler that builds arrays and plain
-containers itself, and refuses by name everything else that a pickle may ask for. What it builds torch's loader gets
-from it too, such as the numpy scalars and paths that training checkpoints hold beside the weights.
+torch reads its own files with its weights-only loader. A .pkl goes through an unpickler that builds arrays and plain
+containers itself, and refuses by name everything else that a pickle may ask for. torch's loader uses its functions for
+numpy scalars and paths, which training checkpoints have beside the weights.
 """
 
 import argparse
@@ -25,29 +25,29 @@ from torch import Tensor
 from .inspection import UnfitFile, check_before_reading, check_sizes
 from .run_folder import write_whole
 
-# Where a state dict lies in a file. Averaged weights are what the classifiers of timm and DeiT are evaluated with, and
-# DINO's teacher.
+# Names of a state dict in a file. timm's and DeiT's classifiers are evaluated with averaged weights, which are DINO's
+# teacher too.
 AVERAGED = ("model_ema", "state_dict_ema", "ema", "teacher")
 CONTAINERS = ("model", "state_dict", "model_state", "module", "student")
 WRITTEN = (".pth", ".pt", ".bin", ".safetensors")
 
 
 def read_weights(path: str, *, averaged: bool = True) -> dict[str, Any]:
-    """Reads a weights file; its suffix says which kind it is: .safetensors, .pkl, or else one of torch.save.
+    """Reads a weights file; its kind follows from its suffix: .safetensors, .pkl, or else torch.save's.
 
-    The state dict may be the file, or lie in it under one or two of the names of AVERAGED and CONTAINERS; or both
+    The state dict may be the whole file, or be under one or two of the names of AVERAGED and CONTAINERS; or both
     weights are in one, with such a name before each key.
 
     Args:
         path: the file.
-        averaged: whether averaged weights are preferred where the file has both.
+        averaged: whether to prefer averaged weights if the file has both.
 
     Returns:
-        The state dict under "model", and what else the file holds, such as the state of an optimiser, under its names.
+        The state dict under "model", and the rest of the file, such as the state of an optimiser, under its names.
 
     Raises:
-        ValueError: it is truncated, of another format, asks for code to be run or for more memory than its size is
-            worth, or holds no state dict.
+        ValueError: it is truncated or of another format, asks for code to be run or for memory far beyond its size, or
+            has no state dict.
     """
     try:
         check_before_reading(path)
@@ -68,7 +68,7 @@ def read_weights(path: str, *, averaged: bool = True) -> dict[str, Any]:
     except OSError:
         raise
     except Exception as error:  # what a foreign file raises depends on its bytes
-        # None, since what torch says goes on to advise that the file's code be run.
+        # None, since torch's message advises to run the file's code.
         raise _unreadable(path, error) from None
     containers = AVERAGED + CONTAINERS if averaged else CONTAINERS + AVERAGED
     place, state = _find_state(loaded, containers)
@@ -82,7 +82,7 @@ def read_weights(path: str, *, averaged: bool = True) -> dict[str, Any]:
 
 
 def check_weights(path: str) -> None:
-    """Raises ValueError, as `read_weights` does, if a file shows before it is read that it cannot be."""
+    """Raises ValueError, as `read_weights` does, if a look at a file shows that it cannot be read."""
     try:
         check_before_reading(path)
     except OSError:
@@ -100,7 +100,7 @@ def _unreadable(path: str, error: Exception) -> ValueError:
 
 
 def _reason(error: Exception) -> str:
-    """What a file was refused for, in one line, without torch's advice."""
+    """The reason why a file was refused, in one line, without torch's advice."""
     if isinstance(error, pickle.UnpicklingError) and isinstance(error.__context__, pickle.UnpicklingError):
         error = error.__context__  # torch's loader has put its advice around this
     message = str(error)
@@ -146,7 +146,7 @@ def _of_one_model(state: dict[str, Tensor], containers: Sequence[str]) -> dict[s
 
 
 def _without_count(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Leaves out what torch's AveragedModel counts."""
+    """Leaves out the count of torch's AveragedModel."""
     rest = {key: value for key, value in state.items() if key != "n_averaged"}
     return rest if rest and all(key.startswith("module.") for key in rest) else state
 
@@ -157,18 +157,18 @@ def write_weights(
     token_grids: Mapping[str, Sequence[int]],
     operator_config: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a weights file of the kind that the suffix names. The old one stands until the new one is whole.
+    """Writes a weights file of the suffix's kind. An old file of that name stays until the new one is whole.
 
     Args:
         path: ends in one of WRITTEN.
         state: a state dict.
         token_grids: see `karat_det.checkpoint.resampling.token_grids`.
-        operator_config: the fields of its operators' KArAtConfig, where they are known.
+        operator_config: the fields of its operators' KArAtConfig, if they are known.
 
     Raises:
         ValueError: the suffix is another one.
         FileNotFoundError: there is no such folder.
-        OSError: it cannot be written, as where a disk is full.
+        OSError: it cannot be written, for example on a full disk.
     """
     if not path.endswith(WRITTEN):
         raise ValueError(f"{path} must end in one of {', '.join(WRITTEN)}.")
@@ -207,7 +207,7 @@ def _read_safetensors(path: str) -> dict[str, Any]:
 
 
 class _Dtype:
-    """What a pickle says of a numpy dtype: plain numbers only. numpy's own would trust the file with memory."""
+    """A pickle's numpy dtype, of plain numbers only. numpy's own function would trust the file's sizes."""
 
     def __init__(self, name: str, align: bool = False, copy: bool = False):
         self.value = np.dtype(name) if isinstance(name, str) else None
@@ -220,7 +220,7 @@ class _Dtype:
 
 
 class _Array:
-    """What a pickle says of a numpy array."""
+    """A pickle's numpy array."""
 
     def __init__(self, *of_an_empty_one: Any):
         self.tensor = None
@@ -231,16 +231,16 @@ class _Array:
 
     def _fill(self, data: bytes, dtype: _Dtype, shape: Sequence[int], order: str) -> None:
         values = np.frombuffer(data, dtype.value).reshape(shape, order=order)
-        # A copy, since torch wants to write, in this machine's order of bytes.
+        # A copy, since torch needs a writable array, in this machine's byte order.
         self.tensor = torch.from_numpy(np.array(values, dtype=dtype.value.newbyteorder("="), order="C"))
 
 
-# A pickle may set attributes on whatever it has asked for. What stands for a function has none, so that no file can
-# leave anything behind in it.
+# A pickle may set attributes on every object that it asks for. These replacements of functions have none, so that no
+# file can leave anything behind in them.
 
 
 class _FromBuffer:
-    """An array of bytes, as the pickles of protocol 5 have it."""
+    """A byte array of pickle protocol 5."""
 
     __slots__ = ()
 
@@ -251,7 +251,7 @@ class _FromBuffer:
 
 
 class _Scalar:
-    """A number of numpy's as one of Python's."""
+    """A numpy scalar as a Python number."""
 
     __slots__ = ()
 
@@ -280,7 +280,7 @@ class _Bytearray(_Bytes):
 
 
 class _Path:
-    """A path as text: on another system than the file's its class cannot be made."""
+    """A path as text: its class cannot be made on another system than the file's."""
 
     __slots__ = ()
 
@@ -288,7 +288,7 @@ class _Path:
         return str(PurePosixPath(*parts))
 
 
-# Stands for numpy's class where a pickle names it as the type of an array; it is never called.
+# Replaces numpy's class when a pickle names it as the type of an array; it is never called.
 _NDARRAY = "numpy.ndarray"
 _ADMITTED: dict[tuple[str, str], Callable | str] = {
     ("collections", "OrderedDict"): OrderedDict,
@@ -330,11 +330,11 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def _as_tensors(value: Any, done: dict[int, tuple[Any, Any]]) -> Any:
-    """Puts tensors in the place of the arrays in plain containers.
+    """Replaces the arrays in plain containers by tensors.
 
     Args:
-        value: what was read.
-        done: containers by their id, and what was made of them: one may be in many places, and even in itself.
+        value: the content of a file.
+        done: containers by their id, and their results: one may be in many places, and even in itself.
     """
     if isinstance(value, _Array):
         return value.tensor
@@ -355,7 +355,7 @@ def _as_tensors(value: Any, done: dict[int, tuple[Any, Any]]) -> Any:
 
 
 def _check_beside(loaded: Any) -> None:
-    """Raises ValueError unless what write_weights puts beside weights, if it is there, is of its form."""
+    """Raises ValueError if the content that write_weights puts beside weights is of another form."""
     if not isinstance(loaded, dict):
         return
     grids, config = loaded.get("token_grids", {}), loaded.get("operator_config", {})

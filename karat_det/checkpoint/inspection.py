@@ -1,9 +1,9 @@
-"""What reading a weights file would cost, found before it is read: no more than a small multiple of the file's size.
+"""Checks before reading a weights file that it costs no more than a small multiple of the file's size.
 
 A pickle is a program: nine bytes of it can ask for gigabytes of memory, a few hundred for a hash that takes years, and
-an archive can unpack to a thousand times its size. Here a pickle's instructions are walked without carrying them out,
-and an archive's directory is read without unpacking it. What was read is looked at once more: a tensor of torch may
-have many more elements than its storage, one of which then stands for millions.
+an archive can unpack to a thousand times its size. Here a pickle's instructions are walked without execution, and an
+archive's directory is read without unpacking. The tensors are checked after reading: one may have millions of elements
+with the same place in its storage.
 """
 
 import errno
@@ -21,16 +21,16 @@ from torch import Tensor
 # A checkpoint has some thousands of tensors, each of which takes some twenty instructions and an entry of 100 bytes.
 _MAX_INSTRUCTIONS = 250_000
 _MAX_DIRECTORY = 4 * 2**20
-# What an archive may unpack to, of its own size. torch.save compresses nothing.
+# Largest size of an archive's content over its own. torch.save compresses nothing.
 _MAX_EXPANSION = 4
 _MAX_HEADER = 16 * 2**20
 # A line of a pickle of protocol 0 has a whole array.
 _MAX_LINE = 16 * 2**20
-# Elements of a key, counted through its tuples. Each is hashed as often as it is there.
+# Most elements of a key, counted through its tuples. Each is hashed as often as it occurs.
 _MAX_KEY = 1_000
 _MAX_DEPTH = 500
 _MAX_ARGUMENTS = 100
-# An expanded tensor that is as small does no harm.
+# Expanded tensors up to this size do no harm.
 _SMALL = 2**20
 
 _KINDS = (
@@ -43,11 +43,11 @@ _KINDS = (
 
 
 class UnfitFile(ValueError):
-    """A file would take more than its size is worth, or holds what is no plain tensor; the message says what."""
+    """A file would cost far more than its size, or has tensors that are not plain; the message gives the reason."""
 
 
 def not_a_file(path: str | os.PathLike) -> str:
-    """What is at a path that is no file to read, in words, such as "a named pipe"; "" for a file or for nothing.
+    """The kind of a path that is no file, in words, such as "a named pipe"; "" for a file or for nothing.
 
     Opening a pipe or a device can wait forever.
     """
@@ -59,7 +59,7 @@ def not_a_file(path: str | os.PathLike) -> str:
 
 
 def check_before_reading(path: str) -> None:
-    """Raises UnfitFile, or whatever a foreign file makes of it, if reading a weights file would take too much.
+    """Raises UnfitFile, or another error for a foreign file, if reading a weights file would cost too much.
 
     Args:
         path: ends in .safetensors or .pkl, or is one of torch.save's.
@@ -82,10 +82,10 @@ def check_before_reading(path: str) -> None:
 
 
 def check_sizes(held: Any) -> None:
-    """Raises UnfitFile, which names it, for a tensor that is not what the file has: expanded, sparse or without data.
+    """Raises UnfitFile, with its name, for a tensor that is expanded, sparse or without data.
 
     Args:
-        held: what was read from a file: tensors in containers.
+        held: the content of a file: tensors in containers.
     """
     seen: set[int] = set()
     waiting = [("", held)]
@@ -138,7 +138,7 @@ def _check_archive(file: BinaryIO) -> None:
 
 
 def _directory_size(file: BinaryIO, size: int) -> int:
-    """Bytes of a zip archive's directory as its end says, since zipfile reads it whole. 0 where there is no end."""
+    """Bytes of a zip archive's directory by its end record, since zipfile reads it whole. 0 without an end record."""
     file.seek(max(0, size - 2**16 - 42))
     end = file.read()
     place = end.rfind(b"PK\x05\x06")
@@ -155,7 +155,7 @@ def _directory_size(file: BinaryIO, size: int) -> int:
 
 
 class _Bounded:
-    """A file from which no more is asked for than is left of it, since Python makes room for all that is asked for."""
+    """A file that refuses reads beyond its end, since Python allocates memory for the whole request."""
 
     def __init__(self, file: BinaryIO, left: int):
         self.file, self.left = file, left
@@ -177,13 +177,13 @@ class _Bounded:
 
 
 class _Value:
-    """What stands for a value.
+    """The properties of a value that count here.
 
     Attributes:
-        count: elements that hashing it goes through: of a tuple its items' together, as often as they are there.
+        count: elements that hashing it visits: for a tuple the sum over its items, repetitions included.
         depth: levels of containers in it.
-        items: those of a tuple or a list.
-        largest: the largest count of these.
+        items: a tuple's or a list's.
+        largest: the largest count of the items.
     """
 
     __slots__ = ("count", "depth", "items", "largest")
@@ -198,7 +198,7 @@ class _Value:
         return cls(min(1 + sum(each.count for each in items), _MAX_KEY + 1)).hold(items, are_items=True)
 
     def hold(self, others: list["_Value"], are_items: bool) -> "_Value":
-        """Puts others in it, as its items or as the keys and values of a dict."""
+        """Adds values to it, as items or as the keys and values of a dict."""
         if self is _ATOM:
             raise LookupError
         if not others:
@@ -215,7 +215,7 @@ class _Value:
 
 
 class _Walk:
-    """One pickle read without carrying it out: the stack and the memo that its instructions would make."""
+    """One pickle, read without execution: the stack and the memo that its instructions would make."""
 
     def __init__(self):
         self.stack: list[_Value] = []
@@ -227,7 +227,7 @@ class _Walk:
 
         Raises:
             UnfitFile: it makes a key whose hash takes too long, or nests too deep.
-            LookupError: it takes what is not there.
+            LookupError: it uses a value that does not exist.
         """
         name, stack = instruction.name, self.stack
         if name in _STORE:
@@ -284,7 +284,7 @@ class _Walk:
         return _Value.of(taken)
 
 
-# Stands for every value without items.
+# Every value without items.
 _ATOM = _Value()
 _OF_ITEMS = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET"}
 _LOAD = {"GET", "BINGET", "LONG_BINGET"}
@@ -302,12 +302,12 @@ def _check_pickle(file: BinaryIO, size: int | None = None) -> None:
     """Walks one pickle, up to its end.
 
     Args:
-        file: at the start of the pickle; afterwards it is behind it.
-        size: of the file; None asks the system.
+        file: at the start of the pickle; afterwards at its end.
+        size: the file's; None asks the system.
 
     Raises:
-        UnfitFile: it asks for more memory or time than its size is worth.
-        ValueError: it is none.
+        UnfitFile: its memory or time would be far beyond its size.
+        ValueError: it is no pickle.
     """
     size = os.fstat(file.fileno()).st_size if size is None else size
     bounded, walk = _Bounded(file, size - file.tell()), _Walk()
@@ -321,7 +321,7 @@ def _check_pickle(file: BinaryIO, size: int | None = None) -> None:
             if name == "FRAME" and argument > bounded.left:
                 raise UnfitFile(f"it asks for {argument:,} bytes where {bounded.left:,} are left")
             if name in _STORE and argument > size:
-                # Python makes room for all indices below.
+                # Python allocates memory for all indices below.
                 raise UnfitFile(f"it asks for room for {argument:,} values, and has {size:,} bytes")
             walk.step(instruction, argument)
     except LookupError:

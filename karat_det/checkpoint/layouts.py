@@ -1,9 +1,9 @@
-"""The layouts that weights come in, and how each is brought to the names of a model.
+"""Known layouts of weights, and their conversion to the names of a model.
 
-A ViT has the same names within its blocks everywhere; what differs is what stands before them, whether query, key and
-value are one matrix, and what else the file has: a class token, a classifier, the decoder of masked pretraining. timm's
-Swin merges patches at the start of a stage, the original one and Detectron2's at the end of the stage before. A KArAt
-classifier has timm's names and those of its operators; they stay with their blocks.
+A ViT has the same names within its blocks everywhere. Layouts differ in the prefix of these names, in whether query,
+key and value are one matrix, and in the file's other content: a class token, a classifier, the decoder of masked
+pretraining. timm's Swin merges patches at the start of a stage, the original one and Detectron2's at the end of the
+stage before. A KArAt classifier has timm's names, and its operators' names within their blocks.
 """
 
 import math
@@ -20,10 +20,10 @@ LAYOUTS = (
     "timm's ViT, DeiT, ConViT and Swin, the original Swin, MAE, and Detectron2's detectors with a ViT or Swin backbone"
 )
 
-# Of a model within another one.
+# Prefixes of a model within another one.
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
 _PATCHES = "patch_embed.proj.weight"
-# Left out where the model has no such key: why, and what a key of the kind looks like.
+# Left out if the model has no such key: the reason, and the pattern of such keys.
 _IGNORABLE = {
     "class tokens, which the model does not have": r"cls_token|dist_token",
     "the classifier's head": r"(head|head_dist|fc_norm|pre_logits)\..+",
@@ -31,23 +31,23 @@ _IGNORABLE = {
     "of masked pretraining": r"mask_token|decoder[_.].+",
     "ConViT's attention to positions": r"blocks\.\d+\.attn\.(gating_param|pos_proj\..+)",
 }
-# Tokens behind the class token, whose positions go with them.
+# Tokens after the class token, whose positions are left out with them.
 _DROPPED = ("dist_token", "reg_token")
-# Left out always.
+# Always left out.
 _CONSTANT = re.compile(r".+\.(relative_position_index|attn_mask)")
 _OPERATOR = re.compile(r"(^|\.)operator\.coefficients$")
 _OPERATOR_OF_BLOCK = re.compile(r"(?P<operator>(.+\.)?blocks\.\d+\.attn\.operator)\.(?P<leaf>.+)")
-# The last layer of a classifier, whose shape its classes decide.
+# The last layer of a classifier, whose shape depends on its classes.
 HEAD = re.compile(r"(head|head_dist)(\.fc)?\.(weight|bias)")
-# What every file of a transformer has of it: patches, blocks and the merging between stages.
+# Keys of a transformer that every file has: patches, blocks and the merging between stages.
 _OWN = re.compile(r"(?P<part>patch_embed|(layers\.\d+\.)?blocks\.\d+|layers\.\d+\.downsample)\.(?P<leaf>.+)")
-# But for these: softmax weights have no operator, classifiers no decomposed positions, some models no bias.
+# Except these: softmax weights have no operator, classifiers no decomposed positions, some models no bias.
 _OPTIONAL = re.compile(r"(.+\.)?(operator\..+|rel_pos_[hw]|relative_position_index|attn_mask|qkv\.bias)")
 _SPLIT = re.compile(r"(?P<attention>.*\battn\.)(?P<part>qk|q|k|v)(_proj)?\.(?P<leaf>weight|bias)")
 
 
 class _Host(NamedTuple):
-    """A transformer: a key that every one has, and what stands before its keys in a detector."""
+    """A transformer: a key that every one has, and the prefix of its keys in a detector."""
 
     name: str
     block: str
@@ -65,8 +65,8 @@ class Conversion(NamedTuple):
 
     Attributes:
         state: the state dict.
-        token_grids: those of its operators.
-        source: what the file holds, in words; "" if that is none of the known layouts.
+        token_grids: its operators'.
+        source: the layout in words; "" if it is unknown.
         ignored: keys of the file that are left out, and why.
     """
 
@@ -79,11 +79,11 @@ class Conversion(NamedTuple):
 def convert_state(
     state: Mapping[str, Tensor], token_grids: Mapping[str, Sequence[int]], expected: Collection[str] | None = None
 ) -> Conversion:
-    """Brings a state dict to the names of a model. What it does not know keeps its name.
+    """Brings a state dict to the names of a model. Unknown keys keep their names.
 
     Args:
-        state: of any of the LAYOUTS.
-        token_grids: of its operators, by their names there; {} where they are not known.
+        state: in any of the LAYOUTS.
+        token_grids: its operators', by their names there; {} if they are not known.
         expected: keys of the model that is to load it; None for a detector of the same kind.
 
     Raises:
@@ -122,7 +122,7 @@ def convert_state(
 def copy_operator_to_blocks(
     state: dict[str, Tensor], grids: dict[str, Sequence[int]], expected: Collection[str]
 ) -> int:
-    """Where the file has one operator for all blocks and the model one for each, gives each a copy, in place.
+    """If the file has one operator for all blocks and the model one for each, gives each block a copy, in place.
 
     Args:
         state: in the names of the model.
@@ -130,7 +130,7 @@ def copy_operator_to_blocks(
         expected: keys of the model.
 
     Returns:
-        How many blocks got one: none where the operators of the two hold different tensors.
+        Number of blocks that got a copy: 0 if the two operators have different tensors.
     """
     host, prefix = _find_host(expected)
     universal = f"{prefix}operator"
@@ -148,9 +148,9 @@ def copy_operator_to_blocks(
 
 
 def required_tensors(expected: Collection[str]) -> tuple[str, dict[str, dict[str, str]]]:
-    """What a file of the model's kind of transformer has in any case, whatever it was trained for.
+    """The tensors that a file of the model's kind of transformer has in any case, whatever it was trained for.
 
-    That leaves out what pretraining may lack: operators, relative and absolute positions, class tokens, the bias of
+    These exclude what pretraining may lack: operators, relative and absolute positions, class tokens, the bias of
     query, key and value, last norms, heads, and all that a detector adds to its transformer.
 
     Args:
@@ -172,7 +172,7 @@ def required_tensors(expected: Collection[str]) -> tuple[str, dict[str, dict[str
 
 
 def _unwrap(state: Mapping[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
-    """Takes away what wraps a whole model, unless it wraps the other one too."""
+    """Removes the prefix of a whole model, unless the other one has it too."""
     state = dict(state)
     while state:
         prefix = next((prefix for prefix in _WRAPPERS if all(key.startswith(prefix) for key in state)), None)
@@ -183,7 +183,7 @@ def _unwrap(state: Mapping[str, Tensor], expected: Collection[str]) -> dict[str,
 
 
 def _find_host(keys: Collection[str]) -> tuple[_Host | None, str]:
-    """Which transformer is among the keys, and what stands before its own."""
+    """The transformer among the keys, and its prefix."""
     for host in _HOSTS:
         for key in keys:
             prefix = key.removesuffix(host.block)
@@ -231,7 +231,7 @@ def _reason_to_ignore(name: str, new_key: str, expected: Collection[str], has_op
 def _drop_positions(
     converted: dict[str, Tensor], target: str, state: Mapping[str, Tensor], source: str, dropped: Sequence[str]
 ) -> None:
-    """Takes the positions of tokens behind the class token that were dropped, where these have some."""
+    """Removes the positions of dropped tokens after the class token, if they have positions."""
     key, count = f"{target}pos_embed", sum(state[source + name].shape[1] for name in dropped)
     if not count or key not in converted:
         return
@@ -242,7 +242,7 @@ def _drop_positions(
 
 
 def _untold_grids(state: Mapping[str, Tensor], source: str) -> dict[str, tuple[int, int, int]]:
-    """Grids of the operators of a ViT with several class tokens, which their number of tokens does not tell."""
+    """Grids of the operators of a ViT with several class tokens, which their number of tokens does not show."""
     count, positions = class_tokens(state, source), f"{source}pos_embed"
     grid = position_grid(state, positions) if count > 1 and positions in state else None
     if grid is None:
@@ -261,7 +261,7 @@ def _adapt_positions(state: dict[str, Tensor], target: str) -> None:
 
 
 def _fuse_query_key_value(state: dict[str, Tensor], expected: Collection[str]) -> None:
-    """Makes qkv of q, k and v, or of ConViT's qk and v, where all are there and the model has them as one."""
+    """Makes qkv from q, k and v, or from ConViT's qk and v, if all exist and the model has them as one."""
     parts: dict[str, dict[str, str]] = {}
     for key in state:
         if (match := _SPLIT.fullmatch(key)) and key not in expected:

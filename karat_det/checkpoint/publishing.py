@@ -1,4 +1,4 @@
-"""Weights out: a file in the names of our detectors, and a model card that says how the weights came about."""
+"""Publishes weights: a file in the names of our detectors, and a model card on how they were trained."""
 
 import hashlib
 import logging
@@ -25,14 +25,14 @@ _MEASURE = re.compile(r"(.*/)?(AP(50|75|s|m|l)?|top-?[15])")
 def convert_file(source: str, target: str) -> dict[str, Any]:
     """Writes the weights of a file, in any of the known layouts, under the names of our detectors.
 
-    Sizes stay as they are: tensors are resampled where they are loaded, to the tokens of the model at hand.
+    Sizes stay: loading resamples tensors to the tokens of the model at hand.
 
     Args:
         source: see `karat_det.checkpoint.files.read_weights`.
         target: see `karat_det.checkpoint.files.write_weights`.
 
     Returns:
-        What else the file holds, as `read_weights` returns it.
+        The rest of the file, as `read_weights` returns it.
 
     Raises:
         FileNotFoundError: there is no such file, or no folder for the target.
@@ -60,11 +60,11 @@ def write_card(weights: str, run: str, checkpoint: dict[str, Any], *, commit: st
 
     Args:
         weights: the file.
-        run: OUTPUT_DIR of the run that the weights are from, with config.yaml and metrics.json.
-        checkpoint: what the run's checkpoint holds besides weights. The figures are its own, as a classifier's has
-            them, else those of its iteration if it has one that was evaluated, else the run's last.
-        commit: of the code that trained them; "" is that of this working copy, "unknown" where the package is none.
-        notes: text for whoever uses the weights.
+        run: OUTPUT_DIR of the weights' run, with config.yaml and metrics.json.
+        checkpoint: the run's checkpoint without its weights. The card has its figures, which a classifier's has, else
+            those of its iteration if that was evaluated, else the run's last.
+        commit: the commit that trained them; "" is this working copy's, "unknown" if the package is in none.
+        notes: text for users of the weights.
 
     Returns:
         Path of the card.

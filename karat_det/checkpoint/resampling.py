@@ -1,8 +1,8 @@
-"""Weights made for one grid of tokens brought to another: a model made for 224 × 224 pixels starts one for 512 × 512.
+"""Resamples weights from one grid of tokens to another: a model made for 224 × 224 pixels starts one for 512 × 512.
 
 Functions and projector of an operator belong to tokens, and tokens lie on an (H, W) grid; so do relative and absolute
-positions. What belongs to neighbouring tokens is interpolated. An operator sums over its N tokens: with N' instead of N
-of them each is weighted by N / N', and the sums keep their size.
+positions. Values of neighbouring tokens are interpolated. An operator sums over its N tokens: with N' instead of N
+tokens each is weighted by N / N', and the sums keep their size.
 """
 
 import math
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from ..attention import KArAtAttention, KArAtOperator
 
-# Of a ViT, in their order before its patches.
+# A ViT's other tokens, in their order before its patches.
 PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")
 
 
 class TokenGrid(NamedTuple):
-    """Tokens in rows and columns, row by row, behind class tokens or none; registers count among these."""
+    """Tokens in rows and columns, row by row, after class tokens if there are any; registers count as class tokens."""
 
     height: int
     width: int
@@ -28,7 +28,7 @@ class TokenGrid(NamedTuple):
 
     @classmethod
     def of_square(cls, num_tokens: int, class_tokens: int = 1) -> "TokenGrid | None":
-        """The square grid of so many tokens, or of all but one, or of all but `class_tokens`; None if it is none."""
+        """The square grid of all tokens, or of all but one, or of all but `class_tokens`; None if there is none."""
         for count in (0, 1, class_tokens):
             side = math.isqrt(max(0, num_tokens - count))
             if side and side**2 == num_tokens - count:
@@ -49,9 +49,9 @@ class TokenGrid(NamedTuple):
 
 
 def token_grids(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Name of each operator in the model, and the (H, W) of its tokens, or (H, W, n) if n of them are none of the grid.
+    """Name of each operator in the model, and the (H, W) of its tokens, or (H, W, n) with n class tokens or registers.
 
-    Those n, for a class or as registers, stand before it. Operators that no attention knows it of are left out.
+    These n come before the grid. Operators whose attention has no grid are left out.
     """
     known = {}
     for module in model.modules():
@@ -62,7 +62,7 @@ def token_grids(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def class_tokens(state: Mapping[str, Tensor], prefix: str) -> int:
-    """How many tokens stand before the patches of a ViT whose keys begin with `prefix`."""
+    """Number of tokens before the patches of a ViT whose keys begin with `prefix`."""
     return sum(state[prefix + name].shape[1] for name in PREFIX_TOKENS if prefix + name in state)
 
 
@@ -74,20 +74,20 @@ def position_grid(state: Mapping[str, Tensor], key: str) -> TokenGrid | None:
 def resample_state(
     state: MutableMapping[str, Tensor], model: nn.Module, grids: Mapping[str, Sequence[int]]
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Brings what belongs to tokens in a state dict to the grids of a model, in place. The rest it leaves alone.
+    """Resamples tensors of tokens in a state dict to the grids of a model, in place. Other tensors stay.
 
     These are operators, relative positions, decomposed or in Swin's tables, and absolute position embeddings. A tensor
-    that fits the model in nothing but its tokens is resampled; one that differs in heads, rank or grid size too is left
-    as it is.
+    that differs from the model's only in its tokens is resampled; one that also differs in heads, rank or grid size
+    stays.
 
     Args:
-        state: of another model of the same kind.
-        model: the model that is to load it.
+        state: another model's, of the same kind.
+        model: the model that will load it.
         grids: `token_grids` of the model that the state is from. An operator that it lacks has the model's grid if it
             has the model's number of tokens, else a square one.
 
     Returns:
-        What was resampled: keys, and from which grid to which. And what could not be: keys, and why.
+        Keys of resampled tensors, with both grids; and keys of those that could not be resampled, with the reason.
     """
     resampled, refused = _resample_operators(state, model, grids)
     return resampled | _resample_positions(state, model), refused
@@ -96,16 +96,16 @@ def resample_state(
 def resample_operator(
     state: Mapping[str, Tensor], operator: KArAtOperator, source: TokenGrid, target: TokenGrid
 ) -> dict[str, Tensor]:
-    """Brings an operator's tensors from one grid of tokens to another, so that it computes the same on the same image.
+    """Resamples an operator's tensors from one grid of tokens to another, to compute the same on the same image.
 
     With e the effective coefficients, the tensor times the operator's fixed factor for N tokens, e' is e interpolated,
     times N / N' for each of its axes that runs over tokens. A class token has the weight of one token on either grid.
-    Of functions that are not linear in all their coefficients, such as wavelets with a width, the amplitudes alone have
-    factors.
+    Functions that are not linear in all their coefficients, such as wavelets with a width, have factors on the
+    amplitudes alone.
 
     Args:
         state: tensors of an operator that differs from `operator` in its tokens only, by name.
-        operator: the operator that is to hold the result. `can_resample` must hold for it.
+        operator: the operator for the result. `can_resample` must hold for it.
         source: grid of the tokens of `state`.
         target: grid of the operator's tokens, with no more class tokens than `source`.
 
@@ -133,7 +133,7 @@ def resample_operator(
 
 
 def can_resample(operator: KArAtOperator) -> bool:
-    """Whether factors on the operator's tensors can make up for another number of tokens.
+    """Whether factors on the operator's tensors can compensate for another number of tokens.
 
     A base function has no factor of its own. Where W follows the functions it can have that factor instead.
     """
@@ -155,7 +155,7 @@ def resample_tokens(tensor: Tensor, axis: int, source: TokenGrid, target: TokenG
     """
     tokens = _exact(tensor).movedim(axis, -1)
     class_tokens, on_grid = tokens.split([source.class_tokens, source.area], dim=-1)
-    # Antialiasing lets every token count where the grid shrinks.
+    # With antialiasing every token counts if the grid shrinks.
     on_grid = F.interpolate(
         on_grid.reshape(1, -1, source.height, source.width),
         size=(target.height, target.width),
@@ -259,7 +259,7 @@ def _num_tokens(state: Mapping[str, Tensor], operator: KArAtOperator) -> int | N
 
 
 def _token_axes(operator: KArAtOperator) -> dict[str, list[int]]:
-    """Which axes of each of the operator's tensors run over tokens: those that grow with their number."""
+    """The axes of each of the operator's tensors that run over tokens: those that grow with their number."""
     larger = _with_tokens(operator, operator.num_tokens + 1).state_dict()
     return {
         key: [axis for axis, size in enumerate(tensor.shape) if size != larger[key].shape[axis]]
@@ -268,6 +268,6 @@ def _token_axes(operator: KArAtOperator) -> dict[str, list[int]]:
 
 
 def _with_tokens(operator: KArAtOperator, num_tokens: int) -> KArAtOperator:
-    """An operator of the same kind for so many tokens: shapes and fixed factors, no values."""
+    """An operator of the same kind for another number of tokens: shapes and fixed factors, no values."""
     with torch.device("meta"):
         return KArAtOperator(operator.num_heads, num_tokens, operator.config)

@@ -1,7 +1,7 @@
-"""The folder of a run on the disk: what is written there is whole, or it is not there, and is read back after a crash.
+"""The folder of a run on the disk: its files are written whole or not at all, so that a run goes on after a crash.
 
 A file that must be whole is written beside its name as NAME.partial, synced, and renamed. Only then may another file
-name it: after a power cut either the old file stands or the new one.
+name it: after a power cut there is either the old file or the new one.
 """
 
 import contextlib
@@ -26,14 +26,14 @@ _PARTIAL = ".partial"
 
 
 def write_whole(path: str | Path, write: Callable[[str], Any]) -> None:
-    """Writes a file whole and synced, or leaves what is there.
+    """Writes a file whole and synced, or leaves the old one.
 
     Args:
         path: the file.
         write: writes the content to the path that it is given.
 
     Raises:
-        OSError, RuntimeError: what `write` raises, as where a disk is full.
+        OSError, RuntimeError: `write`'s, for example on a full disk.
     """
     partial = f"{path}{_PARTIAL}"
     try:
@@ -50,7 +50,7 @@ def write_checkpoint(content: dict[str, Any], folder: str, name: str) -> str:
     """Saves a checkpoint in the folder of a run, and then names it the last one. Returns its path.
 
     Raises:
-        OSError: it cannot be written; says how much room it needs and how much there is.
+        OSError: it cannot be written; the message gives the room that it needs and the free room.
     """
     path = os.path.join(folder, name)
     os.makedirs(folder, exist_ok=True)
@@ -62,7 +62,7 @@ def write_checkpoint(content: dict[str, Any], folder: str, name: str) -> str:
         write_whole(path, lambda partial: torch.save(content, partial))
         write_whole(os.path.join(folder, LAST), lambda partial: Path(partial).write_text(name, encoding="utf-8"))
     except (OSError, RuntimeError) as error:
-        # Of what torch raises itself, the text is of its own files' offsets.
+        # torch's message names offsets in its files only.
         full = "it cannot be written to its end, as where a disk is full"
         reason = (error.strerror or str(error)) if isinstance(error, OSError) else full
         raise OSError(
@@ -77,7 +77,7 @@ def check_finite(content: dict[str, Any], folder: str) -> None:
 
     Args:
         content: nested dicts, lists and tuples.
-        folder: of the run.
+        folder: the run's.
     """
     if name := first_not_finite(content):
         raise FloatingPointError(f"Training diverged: {name} is not finite, and was not saved. {say_last_good(folder)}")
@@ -90,7 +90,8 @@ def first_not_finite(content: Any) -> str:
         if tensor.is_floating_point() and tensor.numel():
             groups[tensor.device, tensor.dtype][name] = tensor.detach()
     for group in groups.values():
-        # One fast pass. A sum of squares overflows sooner than a value, so only what it tells of needs a second look.
+        # One fast pass. A sum of squares overflows sooner than a value, so only a sum that is not finite needs a second
+        # one.
         finite = torch.stack(torch._foreach_norm(list(group.values()))).isfinite()
         if not finite.all():
             for (name, tensor), is_finite in zip(group.items(), finite.tolist(), strict=True):
@@ -117,7 +118,7 @@ def say_room(folder: str) -> str:
 
 
 def last_named(folder: str) -> str:
-    """Path of the checkpoint that last_checkpoint names; "" where it names none."""
+    """Path of the checkpoint that last_checkpoint names; "" if it names none."""
     try:
         name = Path(folder, LAST).read_text(encoding="utf-8", errors="replace").strip().strip("\0")
     except OSError:
@@ -148,7 +149,7 @@ def keep_last(folder: str, count: int) -> None:
 
 
 def clear_partial(folder: str) -> None:
-    """Removes the parts of checkpoints that a run left which was killed while it saved them."""
+    """Removes partial checkpoints of a run that was killed while it saved them."""
     for path in sorted(Path(folder).glob(f"*.pth{_PARTIAL}")) + [Path(folder, f"{LAST}{_PARTIAL}")]:
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
@@ -156,7 +157,7 @@ def clear_partial(folder: str) -> None:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.json, without those that a run which was killed left torn."""
+    """The lines of a run's metrics.json, without torn ones of a run that was killed."""
     records = []
     for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(json.JSONDecodeError):
@@ -167,7 +168,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def end_metrics(path: str | Path) -> None:
-    """Cuts off a torn last line of metrics.json, so that a run which goes on does not write behind it."""
+    """Cuts off a torn last line of metrics.json, so that a resumed run does not continue it."""
     with contextlib.suppress(FileNotFoundError), open(path, "rb+") as file:
         content = file.read()
         whole = content.rfind(b"\n") + 1

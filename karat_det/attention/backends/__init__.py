@@ -1,7 +1,7 @@
 """Sums of Fourier series over attention scores, and the product with the values: one signature, one file a device.
 
-`cpu` is compiled C++, for float32; `triton` is for NVIDIA's GPUs; `plain` is PyTorch alone, for all else. The
-environment variable KARAT_BACKEND=plain forces the last.
+`cpu` is compiled C++, for float32; `triton` is for NVIDIA's GPUs; `plain` is PyTorch alone, for all other cases. The
+environment variable KARAT_BACKEND=plain forces it.
 """
 
 import os
@@ -106,5 +106,5 @@ def choose(
 
 
 def _plain_is_forced() -> bool:
-    """Whether a user forces it, or a graph of plain calls is recorded: for ONNX, or to count multiply-adds."""
+    """Whether a user forces plain PyTorch, or torch records a graph of ATen calls: for ONNX, to count multiply-adds."""
     return os.environ.get("KARAT_BACKEND") == "plain" or torch.jit.is_tracing() or torch.compiler.is_exporting()

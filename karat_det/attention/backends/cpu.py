@@ -5,7 +5,7 @@ It is compiled once for a processor's instructions and a version of PyTorch, at 
     tools/compile_attention.py
 
 and kept where torch.utils.cpp_extension keeps its libraries: TORCH_EXTENSIONS_DIR, or ~/.cache/torch_extensions.
-Without a compiler, or if it fails, the log says so once, and the plain back end serves.
+Without a compiler, or if it fails, the log says so once, and the plain back end replaces it.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from torch import Tensor
 from ..bias import Bias
 
 SOURCE = Path(__file__).with_name("fourier.cpp")
-# The instructions that PyTorch itself was found to have here, as flags of the compiler.
+# The processor's instruction sets, as PyTorch reports them, and the compiler's flags for them.
 _INSTRUCTIONS = {
     "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"],
     "AVX2": ["-mavx2", "-mfma"],
@@ -98,7 +98,7 @@ def compile_library() -> Path:
 
 @contextlib.contextmanager
 def _path_of_this_python() -> Iterator[None]:
-    """Programs of a virtual environment are found though it is not activated: ninja is one."""
+    """A context in which programs of a virtual environment, such as ninja, are found though it is not activated."""
     before = os.environ.get("PATH", "")
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{before}"
     try:
@@ -174,7 +174,7 @@ def _one_batch_dimension(x: Tensor | None, batch: torch.Size) -> Tensor | None:
 
 
 def _register_shapes() -> None:
-    """Says what the library's operators return, for torch.compile."""
+    """Registers the shapes of the library's ops for torch.compile."""
 
     @torch.library.register_fake("karat_det::fourier_attention")
     def _(query, key, coefficients, scale, full, vertical, horizontal, mask, value, projector, factor, residual):

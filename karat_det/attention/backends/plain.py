@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ..basis import Fourier
 from ..bias import Bias
 
-# Elements that are worked on at a time. Larger chunks take memory, smaller ones read keys and coefficients more often.
+# Elements of a chunk. Larger chunks take memory, smaller ones read keys and coefficients more often.
 _CHUNK_OF_THREAD = 2**22
 _CHUNK_OF_CPU = 2**24  # at most, by all threads
 _CHUNK_OF_GPU = 2**25
@@ -128,7 +128,7 @@ def by_rows(
     shared: Sequence[Tensor | None],
     elements_per_row: int,
 ) -> Tensor:
-    """Applies a function to chunks of rows; what it does inside is done again in the backward pass and not kept.
+    """Applies a function to chunks of rows; its intermediate results are computed again in the backward pass, not kept.
 
     Args:
         function: maps chunks of the rowwise tensors, (..., rows, *) each, and the shared tensors to a tensor
@@ -144,7 +144,7 @@ def by_rows(
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
         return function(*rowwise, *shared)
     if torch.compiler.is_compiling():
-        # torch.compile cannot look into the backward pass of _ByRows. It unrolls the chunks: so let them be few.
+        # torch.compile cannot trace the backward pass of _ByRows. It unrolls the chunks, which must therefore be few.
         rows = max(1, 2**23 // max(1, elements_per_row))
         chunks = (_cut(rowwise, slice(row, row + rows)) for row in range(0, num_rows, rows))
         return torch.cat([checkpoint(function, *chunk, *shared, use_reentrant=False) for chunk in chunks], dim=-2)
@@ -156,9 +156,11 @@ def by_rows(
 
 
 class _ByRows(torch.autograd.Function):
-    """One node for all chunks. With torch's checkpoint for each, what every chunk leaves behind lies scattered between
-    the blocks that it has freed, and so fragments the heap that the next chunk does not fit: memory grew with N² after
-    all."""
+    """One node for all chunks.
+
+    With torch's checkpoint for each chunk, kept tensors lie between freed blocks and fragment the heap, so that the
+    next chunk does not fit into them: memory would grow with N² after all.
+    """
 
     @staticmethod
     def forward(ctx, function, rows: int, num_rowwise: int, *tensors: Tensor | None) -> Tensor:

@@ -439,8 +439,8 @@ def _inputs(query, key, coefficients, scale, bias, vertical, horizontal, mask):
     *batch, heads, num_tokens, width = query.shape
     query = query.reshape(math.prod(batch), heads, num_tokens, width)
     key = key.reshape(query.shape)
-    # Batch may have two dimensions, images and windows, of which a bias or mask has one. Its strides then tell the two
-    # apart, so that it is not copied along the other.
+    # The batch may have two dimensions, images and windows, of which a bias or mask has one. Separate strides for both
+    # avoid a copy along the other.
     inner_size = batch[-1] if batch else 1
 
     def expanded(tensor):
@@ -467,6 +467,6 @@ def _options(query, tile, float32_tile):
     is_float32 = query.dtype == torch.float32
     queries, keys = float32_tile if is_float32 else tile
     if query.shape[-1] > 128:
-        # What a tile's rows take is the next power of two, 256 numbers: more than the shared memory of smaller GPUs.
+        # What a tile's rows take is the next power of two, 256 elements: more than the shared memory of smaller GPUs.
         queries, keys = max(16, queries // 2), max(16, keys // 2)
     return {"QUERIES": queries, "KEYS": keys, "num_warps": 4, "num_stages": 1 if is_float32 else 2}
