@@ -33,6 +33,7 @@ def in_processes(folder, count, work, *arguments):
         for process in processes:
             process.join(1)
             process.kill()
+            process.join()
     for failure, _ in answers:
         assert not failure, failure
     return [result for _, result in answers]

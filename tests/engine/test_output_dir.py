@@ -57,6 +57,7 @@ def test_a_folder_belongs_to_one_run_until_it_ends_or_is_killed(tmp_path):
         assert f"process {os.getpid()} on" in other(folder, 0)[1]
     assert other(folder, 0)[1] == "claimed"
     loader.kill()
+    loader.join()
 
 
 def test_a_run_that_is_refused_leaves_the_config_of_the_one_before(tmp_path):

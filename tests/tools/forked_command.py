@@ -2,6 +2,7 @@
 
 import io
 import logging
+import multiprocessing.process
 import multiprocessing.util
 import os
 import runpy
@@ -38,9 +39,16 @@ def run_command(name, *arguments, folder, environment=None, prepare=None):
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         child = os.fork()
         if not child:
-            os.dup2(output.fileno(), 1)
-            os.dup2(errors.fileno(), 2)
-            os._exit(_run(command, folder, environment or {}, prepare))
+            # Whatever happens, the child ends here: it would go on as a second run of the tests.
+            status = 1
+            try:
+                os.dup2(output.fileno(), 1)
+                os.dup2(errors.fileno(), 2)
+                status = _run(command, folder, environment or {}, prepare)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
         _, status = os.waitpid(child, 0)
         texts = []
         for file in (output, errors):
@@ -56,6 +64,8 @@ def _run(command, folder, environment, prepare):
     status = 1
     try:
         signal.alarm(300)
+        # The tests' children are not its own: it can neither wait for them nor end them.
+        multiprocessing.process._children.clear()
         os.chdir(folder)
         os.environ.update(environment)
         # What the tests have left: loggers that write to them, and Detectron2's memory of having set them up.
