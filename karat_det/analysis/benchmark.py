@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from .benchmark_attention import (
     GRIDS,
+    REL_POS,
     WINDOWS,
     AttentionShape,
     compare_memory,
@@ -52,7 +53,8 @@ def run_benchmark(
     keep_freed_memory()
     if "core" in parts:
         results.comparisons += compare_times(turns)
-        results.comparisons += compare_memory(WINDOWS, turns.device)
+        for shape in (WINDOWS, REL_POS):
+            results.comparisons += compare_memory(shape, turns.device)
         results.comparisons.append(compare_peaks(AttentionShape(batch_size=1, grid=GRIDS[-1]), turns.device))
         yield results
     if "step" in parts:

@@ -104,9 +104,11 @@ def test_memory_is_compared_in_fresh_processes_and_attend_does_not_grow_with_n_s
 
 
 def test_what_is_timed_has_a_row_and_what_it_must_be(monkeypatch):
-    small = [(variant, AttentionShape(64, 2, (3, 3), 4, 4, shape.bias), *goals) for variant, shape, *goals in TIMED]
+    small = [
+        (variant, over, AttentionShape(64, 2, (3, 3), 4, 4, shape.bias), *goals)
+        for variant, over, shape, *goals in TIMED
+    ]
     monkeypatch.setattr(benchmark_attention, "TIMED", small)
-    monkeypatch.setattr(benchmark_attention, "WINDOWS", SMALL)
     rows = list(compare_times(ONE_TURN))
     assert all(row.value > 0 and row.reference > 0 and row.unit == "ms" for row in rows)
     goals = {"forward + backward": [], "forward": []}
@@ -116,9 +118,10 @@ def test_what_is_timed_has_a_row_and_what_it_must_be(monkeypatch):
     assert [row.over for row in rows] == [SDPA] * 17 + ["direct, G = 3"]
 
 
-def test_bytes_and_multiply_adds_are_compared():
-    rows = compare_memory(SMALL)
-    assert all(str(SMALL) in row.measured and row.value > 0 and row.reference > 0 for row in rows)
+@pytest.mark.parametrize("shape", [SMALL, SMALL_REL_POS], ids=str)
+def test_bytes_and_multiply_adds_are_compared(shape):
+    rows = compare_memory(shape)
+    assert all(str(shape) in row.measured and row.value > 0 and row.reference > 0 for row in rows)
     assert [(row.measured.partition(":")[0], row.over, row.unit, row.goal) for row in rows] == [
         ("attend, G = 1", SDPA, "MiB", 1.0),
         ("attend, G = 1, residual softmax", SDPA, "MiB", None),
