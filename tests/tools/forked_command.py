@@ -1,5 +1,6 @@
 """A command as a user runs it, in a process forked from that of the tests: without the seconds that imports take."""
 
+import importlib
 import io
 import logging
 import multiprocessing.process
@@ -14,15 +15,18 @@ import traceback
 from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import builtin
 from detectron2.utils import logger as detectron2_logger
+from torch.distributed import run as torchrun
+from torch.distributed.launcher.api import elastic_launch
 
 from karat_det.data import images
-from karat_det.data.digits import DIGITS_NAMES, register_digits
+from karat_det.data.digits import register_digits
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
 
-def run_command(name, *arguments, folder, environment=None, prepare=None):
+def run_command(name, *arguments, folder, environment=None, prepare=None, processes=0):
     """Runs tools/<name>.py to its end.
 
     Args:
@@ -31,6 +35,7 @@ def run_command(name, *arguments, folder, environment=None, prepare=None):
         folder: the working directory.
         environment: variables that it has beside those of the tests. Imports are made already.
         prepare: called in the new process first.
+        processes: of torchrun, which are forked too; 0 to run without torchrun.
 
     Returns:
         A CompletedProcess with status, stdout and stderr.
@@ -44,7 +49,7 @@ def run_command(name, *arguments, folder, environment=None, prepare=None):
             try:
                 os.dup2(output.fileno(), 1)
                 os.dup2(errors.fileno(), 2)
-                status = _run(command, folder, environment or {}, prepare)
+                status = _run(command, folder, environment or {}, prepare, processes)
             except BaseException:
                 traceback.print_exc()
             finally:
@@ -57,7 +62,7 @@ def run_command(name, *arguments, folder, environment=None, prepare=None):
     return subprocess.CompletedProcess(command, os.waitstatus_to_exitcode(status), *texts)
 
 
-def _run(command, folder, environment, prepare):
+def _run(command, folder, environment, prepare, processes):
     sys.stdout, sys.stderr = (
         io.TextIOWrapper(io.FileIO(number, "w"), "utf-8", write_through=True) for number in (1, 2)
     )
@@ -74,16 +79,19 @@ def _run(command, folder, environment, prepare):
         detectron2_logger.setup_logger.cache_clear()
         images._named.clear()  # What was logged once in the tests' process.
         # They are where the environment says.
-        for dataset in DIGITS_NAMES:
-            DatasetCatalog.remove(dataset)
-            MetadataCatalog.remove(dataset)
+        DatasetCatalog.clear()
+        MetadataCatalog.clear()
+        importlib.reload(builtin)
         register_digits()
         sys.argv = command
         sys.path.insert(0, str(TOOLS))
         sys.modules.pop("early_signals", None)
         if prepare:
             prepare()
-        runpy.run_path(command[0], run_name="__main__")
+        if processes:
+            _run_by_torchrun(command[0], processes)
+        else:
+            _run_script(command[0])
         status = 0
     except SystemExit as end:
         if isinstance(end.code, str):
@@ -94,3 +102,14 @@ def _run(command, folder, environment, prepare):
         traceback.print_exc()
     multiprocessing.util._exit_function()
     return status
+
+
+def _run_script(path):
+    runpy.run_path(path, run_name="__main__")
+
+
+def _run_by_torchrun(path, count):
+    options = ["--nproc-per-node", str(count), "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    config, _, _ = torchrun.config_from_args(torchrun.parse_args([*options, path]))
+    config.start_method = "fork"
+    elastic_launch(config, _run_script)(path)

@@ -20,8 +20,6 @@ ROOT = Path(__file__).parents[2]
 PRETRAIN_NET = str(ROOT / "tools" / "pretrain_net.py")
 CONFIGS = ROOT / "configs" / "pretrain"
 DIGITS = str(CONFIGS / "digits.yaml")
-# Imports run anew, with their warnings.
-FRESH = ("-u",)
 SMALL = [
     *("MODEL.EMBED_DIM", "24", "MODEL.DEPTH", "2", "SOLVER.EPOCHS", "2", "SOLVER.IMS_PER_BATCH", "12"),
     *("DATALOADER.NUM_WORKERS", "0"),
@@ -35,15 +33,15 @@ def data(tmp_path_factory):
     return root
 
 
-def run(data, folder, *arguments, config=DIGITS, launcher=(), fails=False):
-    """Runs pretrain_net.py in `folder`, with OUTPUT_DIR its subfolder out; in a fork unless there is a launcher."""
+def run(data, folder, *arguments, config=DIGITS, processes=0, fresh=False, fails=False):
+    """Runs pretrain_net.py in `folder`, with OUTPUT_DIR its subfolder out; in a fork, or with all imports anew."""
     options = ["--config-file", config, "--data", str(data), *arguments, "OUTPUT_DIR", str(folder / "out")]
-    if launcher:
-        command = [sys.executable, *launcher, PRETRAIN_NET, *options]
+    if fresh:
+        command = [sys.executable, PRETRAIN_NET, *options]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     else:
-        done = run_command("pretrain_net", *options, folder=folder)
+        done = run_command("pretrain_net", *options, folder=folder, processes=processes)
     assert bool(done.returncode) == fails, done.stdout + done.stderr
     return done
 
@@ -56,7 +54,7 @@ def figures(text):
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
-    return folder, run(data, folder, *SMALL, launcher=FRESH)
+    return folder, run(data, folder, *SMALL, fresh=True)
 
 
 def test_a_run_trains_evaluates_and_saves_without_a_warning(trained):
@@ -91,8 +89,7 @@ def test_a_finished_run_is_not_overwritten_without_a_word(data, trained):
 
 
 def test_torchrun_trains_and_resumes_in_two_processes(data, tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
-    done = run(data, tmp_path, *SMALL, launcher=launcher)
+    done = run(data, tmp_path, *SMALL, processes=2)
     # Each of the 51 images is counted, once.
     assert "51 to validate on" in done.stdout
     correct = float(figures(done.stdout)[0]) * 51 / 100
@@ -102,7 +99,7 @@ def test_torchrun_trains_and_resumes_in_two_processes(data, tmp_path):
     # One process measures the same.
     alone = run(data, tmp_path, "--eval-only", "--init-from", str(tmp_path / "out" / "model_last.pth"), *SMALL)
     assert figures(alone.stdout) == figures(done.stdout)
-    resumed = run(data, tmp_path, "--resume", *SMALL, "SOLVER.EPOCHS", "3", launcher=launcher)
+    resumed = run(data, tmp_path, "--resume", *SMALL, "SOLVER.EPOCHS", "3", processes=2)
     assert "Going on after epoch 2." in resumed.stdout and "epoch 3/3" in resumed.stdout
     assert torch.load(tmp_path / "out" / "model_last.pth", weights_only=True)["epoch"] == 3
 

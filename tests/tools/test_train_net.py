@@ -1,12 +1,13 @@
 """tools/train_net.py as a user runs it: as processes, on a small model and real files."""
 
-import ast
+import functools
 import json
 import os
 import runpy
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -18,16 +19,15 @@ from detectron2.engine import default_argument_parser
 from forked_command import run_command
 from PIL import Image
 
+from karat_det.data import dataset_check, registration
 from karat_det.data.digits import generate_digits
-from karat_det.engine import signals
+from karat_det.engine import setup, signals
 from karat_det.engine.output_dir import claim, claims
 from karat_det.engine.processes import run_distributed
 
 ROOT = Path(__file__).parents[2]
 TRAIN_NET = str(ROOT / "tools" / "train_net.py")
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
-# Imports run anew: their warnings show, and built-in datasets are where the environment says.
-FRESH = ("-u",)
 SMALL_MODEL = [
     *(
         "MODEL.VIT.EMBED_DIM",
@@ -52,16 +52,18 @@ def datasets(tmp_path_factory):
     return root
 
 
-def run_train_net(datasets, folder, *arguments, config=QUICKSTART, overrides=SMALL_MODEL, launcher=(), fails=False):
-    """Runs train_net.py in `folder`, with OUTPUT_DIR its subfolder out; in a fork unless there is a launcher."""
+def run_train_net(
+    datasets, folder, *arguments, config=QUICKSTART, overrides=SMALL_MODEL, fresh=False, fails=False, **how
+):
+    """Runs train_net.py in `folder`, with OUTPUT_DIR its subfolder out; in a fork, or with all imports anew."""
     options = ["--config-file", config, *arguments, *overrides, "OUTPUT_DIR", str(folder / "out")]
     environment = {"DETECTRON2_DATASETS": str(datasets)}
-    if launcher:
-        command = [sys.executable, *launcher, TRAIN_NET, *options]
+    if fresh:
+        command = [sys.executable, TRAIN_NET, *options]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     else:
-        done = run_command("train_net", *options, folder=folder, environment=environment)
+        done = run_command("train_net", *options, folder=folder, environment=environment, **how)
     assert bool(done.returncode) == fails, done.stdout + done.stderr
     return done
 
@@ -76,7 +78,7 @@ def trained(datasets, tmp_path_factory):
     """A folder whose subfolder out holds a finished run of 3 iterations, and what that run printed."""
     folder = tmp_path_factory.mktemp("trained")
     overrides = [*SMALL_MODEL, "SOLVER.MAX_ITER", "3"]
-    return folder, run_train_net(datasets, folder, "--num-gpus", "0", overrides=overrides, launcher=FRESH)
+    return folder, run_train_net(datasets, folder, "--num-gpus", "0", overrides=overrides, fresh=True)
 
 
 @pytest.fixture
@@ -112,29 +114,20 @@ def test_a_run_trains_evaluates_and_saves_without_a_warning(trained, out):
     assert {"bbox/AP", "segm/AP", "segm/AP-9", "total_loss", "grad_norm", "lr"} <= set(metrics(out))
 
 
-COUNTING = """
-import collections, os, runpy, sys
-import karat_det.quiet
-from karat_det.data import dataset_check, registration
-from karat_det.engine import model_check, setup
-calls = collections.Counter()
+def count_calls(path, functions):
+    """Makes each call of some functions, given by module and name, a line of a file."""
 
-def count(module, name):
-    function = getattr(module, name)
-    def counted(*args, **kwargs):
-        calls[name] += 1
-        return function(*args, **kwargs)
-    setattr(module, name, counted)
+    def counted(function, name):
+        @functools.wraps(function)
+        def call(*arguments, **keywords):
+            with open(path, "a") as file:
+                file.write(f"{name}\n")
+            return function(*arguments, **keywords)
 
-for module, name in ((setup, "check_model"), (setup, "check_datasets"), (registration, "read_categories")):
-    count(module, name)
-for name in ("load_coco", "check_images"):
-    count(dataset_check, name)
-sys.argv = sys.argv[1:]
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
-runpy.run_path(sys.argv[0], run_name="__main__")
-print("calls:", dict(calls))
-"""
+        return call
+
+    for module, name in functions:
+        setattr(module, name, counted(getattr(module, name), name))
 
 
 def test_a_run_checks_its_model_and_datasets_once(train, datasets, tmp_path):
@@ -143,11 +136,13 @@ def test_a_run_checks_its_model_and_datasets_once(train, datasets, tmp_path):
     images = [str(digits / split) for split in ("train", "val")]
     own = ["KARAT_DATA.NAMES", "['a', 'b']", "KARAT_DATA.JSONS", str(jsons), "KARAT_DATA.IMAGE_DIRS", str(images)]
     own += ["DATASETS.TRAIN", "('a',)", "DATASETS.TEST", "('b',)", "SOLVER.MAX_ITER", "1"]
-    done = train("--num-gpus", "0", overrides=[*SMALL_MODEL, *own], launcher=("-c", COUNTING))
-    (counted,) = (line for line in done.stdout.splitlines() if line.startswith("calls: "))
+    functions = [(setup, "check_model"), (setup, "check_datasets"), (registration, "read_categories")]
+    functions += [(dataset_check, "load_coco"), (dataset_check, "check_images")]
+    counting = partial(count_calls, tmp_path / "calls", functions)
+    train("--num-gpus", "0", overrides=[*SMALL_MODEL, *own], prepare=counting)
     # Of two datasets.
     once = {"read_categories": 2, "check_model": 1, "check_datasets": 1, "load_coco": 2, "check_images": 2}
-    assert ast.literal_eval(counted.removeprefix("calls: ")) == once
+    assert Counter((tmp_path / "calls").read_text().split()) == once
 
 
 def test_a_finished_run_is_not_overwritten_without_a_word(train, out):
@@ -175,8 +170,7 @@ def test_resumes_where_it_stopped_and_evaluates_to_the_same_figures(train, out):
 
 
 def test_torchrun_trains_and_evaluates_in_two_processes(train, tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
-    done = train(launcher=launcher, overrides=[*SMALL_MODEL, "SOLVER.MAX_ITER", "3"])
+    done = train(processes=2, overrides=[*SMALL_MODEL, "SOLVER.MAX_ITER", "3"])
     assert "World size: 2" in done.stdout
     assert "Evaluation results for segm" in (tmp_path / "out" / "log.txt").read_text()
     assert (tmp_path / "out" / "log.txt.rank1").is_file()
@@ -407,6 +401,6 @@ def test_coco_under_its_builtin_names(coco_tiny, tmp_path):
         *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "TEST.DETECTIONS_PER_IMAGE", "5"),
     ]
     config = str(ROOT / "configs" / "vitdet_karat.yaml")
-    done = run_train_net(coco_tiny, tmp_path, config=config, overrides=overrides, launcher=FRESH)
+    done = run_train_net(coco_tiny, tmp_path, config=config, overrides=overrides)
     # Nothing that it finds by chance counts, but each of the 80 classes was measured.
     assert {"segm/AP-person", "segm/AP-toothbrush"} <= set(metrics(tmp_path / "out")), done.stdout
