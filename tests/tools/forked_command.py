@@ -3,6 +3,7 @@
 import importlib
 import io
 import logging
+import multiprocessing.forkserver
 import multiprocessing.process
 import multiprocessing.util
 import os
@@ -71,6 +72,7 @@ def _run(command, folder, environment, prepare, processes):
         signal.alarm(300)
         # The tests' children are not its own: it can neither wait for them nor end them.
         multiprocessing.process._children.clear()
+        multiprocessing.forkserver._forkserver.__init__()
         os.chdir(folder)
         os.environ.update(environment)
         # What the tests have left: loggers that write to them, and Detectron2's memory of having set them up.

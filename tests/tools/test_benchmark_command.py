@@ -1,9 +1,6 @@
 """tools/benchmark.py as a user runs it, on a small model."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,16 +13,14 @@ SMALL_MODEL = [
 ]
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "tools" / "benchmark.py"), "--device", "cpu", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+def run(*arguments):
+    return run_command("benchmark", "--device", "cpu", *arguments, folder=ROOT)
 
 
 def test_a_detectors_step_and_inference_are_compared_with_softmax(tmp_path):
     config = str(ROOT / "configs" / "quickstart.yaml")
     parts = ["--parts", "step", "inference", "--repeats", "1", "--threads", "1", "--config-file", config]
-    done = run("--output", str(tmp_path / "new"), *parts, "--", *SMALL_MODEL)
+    done = run("--output", tmp_path / "new", *parts, "--", *SMALL_MODEL)
     assert done.returncode == 0, done.stderr
     assert "Its peak memory" in done.stdout
     assert f"Written to {tmp_path / 'new'}: results.json, table.md" in done.stdout
@@ -52,7 +47,7 @@ def test_a_detectors_step_and_inference_are_compared_with_softmax(tmp_path):
     ],
 )
 def test_a_mistake_is_named_without_a_stack_trace(tmp_path, arguments, complaint):
-    done = run_command("benchmark", "--device", "cpu", "--output", tmp_path, *arguments, folder=ROOT)
+    done = run("--output", tmp_path, *arguments)
     assert done.returncode != 0
     assert complaint in done.stderr
     assert "Traceback" not in done.stderr
