@@ -4,13 +4,13 @@ import errno
 import logging
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from detectron2.engine import TrainerBase
 from detectron2.utils.events import JSONWriter
+from forked_command import start_command
 
 from karat_det.data.digits import generate_crops
 from karat_det.engine.full_disk import Writers, _LogEnds, full_disk_named
@@ -87,14 +87,12 @@ def test_a_run_whose_disk_fills_up_ends_in_one_line(tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "karat_det_test", str(disk)]).returncode:
         pytest.skip("no disk can be mounted here")
     generate_crops(tmp_path, {"train": 60, "val": 51})
-    command = [sys.executable, "tools/pretrain_net.py", "--config-file", "configs/pretrain/digits.yaml"]
-    command += ["--data", str(tmp_path), "--num-gpus", "0", "MODEL.EMBED_DIM", "24", "MODEL.DEPTH", "2"]
-    command += ["SOLVER.EPOCHS", "1000", "SOLVER.IMS_PER_BATCH", "12", "DATALOADER.NUM_WORKERS", "0"]
-    command += ["OUTPUT_DIR", str(disk / "out")]
+    command = ["pretrain_net", "--config-file", "configs/pretrain/digits.yaml", "--data", tmp_path, "--num-gpus", "0"]
+    command += ["MODEL.EMBED_DIM", "24", "MODEL.DEPTH", "2", "SOLVER.EPOCHS", "1000", "SOLVER.IMS_PER_BATCH", "12"]
+    command += ["DATALOADER.NUM_WORKERS", "0", "OUTPUT_DIR", disk / "out"]
     try:
         with open(tmp_path / "log", "w") as log, open(tmp_path / "errors", "w") as errors:
-            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-            run = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=errors)
+            run = start_command(*command, folder=ROOT, output=log, errors=errors)
             while not (disk / "out" / "last_checkpoint").exists() and run.poll() is None:
                 time.sleep(0.1)
             with pytest.raises(OSError), open(disk / "fill", "wb", buffering=0) as file:

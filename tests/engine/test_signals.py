@@ -10,19 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked_command import run_command, start_command
 
 from karat_det.data.digits import generate_crops, generate_digits
 
 ROOT = Path(__file__).parents[2]
 TRAIN = [
-    *("tools/train_net.py", "--config-file", "configs/quickstart.yaml", "--num-gpus", "0"),
+    *("train_net", "--config-file", "configs/quickstart.yaml", "--num-gpus", "0"),
     *("MODEL.VIT.EMBED_DIM", "24", "MODEL.VIT.DEPTH", "2", "MODEL.FPN.OUT_CHANNELS", "8"),
     *("MODEL.ROI_BOX_HEAD.CONV_DIM", "8", "MODEL.ROI_BOX_HEAD.FC_DIM", "8", "MODEL.ROI_MASK_HEAD.CONV_DIM", "8"),
     *("SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "100000", "SOLVER.CHECKPOINT_PERIOD", "100000"),
     *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "TEST.EVAL_PERIOD", "0"),
 ]
 PRETRAIN = [
-    *("tools/pretrain_net.py", "--config-file", "configs/pretrain/digits.yaml", "--num-gpus", "0", "--data", "DATA"),
+    *("pretrain_net", "--config-file", "configs/pretrain/digits.yaml", "--num-gpus", "0", "--data", "DATA"),
     *("MODEL.EMBED_DIM", "24", "MODEL.DEPTH", "2", "SOLVER.EPOCHS", "1000", "SOLVER.IMS_PER_BATCH", "12"),
 ]
 STEP = r"iter: \d+ |step \d+/5 "
@@ -37,18 +38,29 @@ def data(tmp_path_factory):
 
 
 class Run:
-    """A command that has been started, in a process group of its own."""
+    """A command that has been started, in a session of its own: forked, or by a launcher, with all imports."""
 
     def __init__(self, data, folder, command, *overrides, launcher=()):
         self.out = folder / "out"
         self.log, self.errors = folder / "log", folder / "errors"
-        command = [word.replace("DATA", str(data)) if word == "DATA" else word for word in command]
-        command = [sys.executable, *launcher, *command, *overrides, "OUTPUT_DIR", str(self.out)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "DETECTRON2_DATASETS": str(data)}
+        name, *words = [str(data) if word == "DATA" else word for word in command]
+        words += [*overrides, "OUTPUT_DIR", str(self.out)]
+        environment = {"DETECTRON2_DATASETS": str(data)}
         with open(self.log, "w") as log, open(self.errors, "w") as errors:
-            self.process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=log, stderr=errors, start_new_session=True
-            )
+            if launcher:
+                command = [sys.executable, *launcher, f"tools/{name}.py", *words]
+                environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+                self.process = subprocess.Popen(
+                    command, cwd=ROOT, env=environment, stdout=log, stderr=errors, start_new_session=True
+                )
+                # The launcher starts further sessions.
+                self.named = ["-f", f"{self.out}$"]
+            else:
+                files = {"output": log, "errors": errors}
+                self.process = start_command(
+                    name, *words, folder=ROOT, environment=environment, prepare=os.setsid, **files
+                )
+                self.named = ["-s", str(self.process.pid)]
 
     def wait_for(self, pattern, count=1):
         """Waits until the log has a pattern so often."""
@@ -68,7 +80,7 @@ class Run:
 
     def processes(self):
         """Numbers of the run's processes, workers included."""
-        found = subprocess.run(["pgrep", "-f", f"{self.out}$"], capture_output=True, text=True).stdout
+        found = subprocess.run(["pgrep", *self.named], capture_output=True, text=True).stdout
         return sorted(map(int, found.split()))
 
     def children(self):
@@ -113,7 +125,7 @@ def test_a_signal_ends_an_evaluation_at_once_and_costs_no_step(data, tmp_path):
 
 
 def test_a_signal_ends_a_start_at_once(data, tmp_path):
-    run = Run(data, tmp_path, TRAIN)
+    run = Run(data, tmp_path, TRAIN, launcher=("-u",))
     time.sleep(1)
     run.process.send_signal(signal.SIGUSR1)
     assert run.status() == 128 + signal.SIGUSR1
@@ -132,7 +144,8 @@ with signals.awaited():
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(60)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    (tmp_path / "code.py").write_text(code)
+    done = run_command(tmp_path / "code", folder=ROOT)
     assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, f"{int(signal.SIGUSR1)}\n")
     assert done.stderr == "Ended at once by SIGTERM.\n"
 
@@ -148,7 +161,8 @@ with signals.awaited():
         time.sleep(wait)
         print("goes on", flush=True)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    (tmp_path / "code.py").write_text(code)
+    done = run_command(tmp_path / "code", folder=ROOT)
     assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "goes on\n" * 2)
     assert done.stderr == "Ended at once by SIGTERM.\n"
 

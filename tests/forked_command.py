@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 
@@ -24,43 +25,82 @@ from torch.distributed.launcher.api import elastic_launch
 from karat_det.data import images
 from karat_det.data.digits import register_digits
 
-TOOLS = Path(__file__).parents[2] / "tools"
+TOOLS = Path(__file__).parents[1] / "tools"
 
 
-def run_command(name, *arguments, folder, environment=None, prepare=None, processes=0):
+def run_command(name, *arguments, **how):
     """Runs tools/<name>.py to its end.
 
-    Args:
-        name: the command.
-        arguments: its words.
-        folder: the working directory.
-        environment: variables that it has beside those of the tests. Imports are made already.
-        prepare: called in the new process first.
-        processes: of torchrun, which are forked too; 0 to run without torchrun.
+    Args: see `start_command`.
 
     Returns:
         A CompletedProcess with status, stdout and stderr.
     """
-    command = [str(TOOLS / f"{name}.py"), *map(str, arguments)]
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
-        child = os.fork()
-        if not child:
-            # Whatever happens, the child ends here: it would go on as a second run of the tests.
-            status = 1
-            try:
-                os.dup2(output.fileno(), 1)
-                os.dup2(errors.fileno(), 2)
-                status = _run(command, folder, environment or {}, prepare, processes)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(status)
-        _, status = os.waitpid(child, 0)
+        process = start_command(name, *arguments, output=output, errors=errors, **how)
+        status = process.wait()
         texts = []
         for file in (output, errors):
             file.seek(0)
             texts.append(io.TextIOWrapper(file, "utf-8").read())
-    return subprocess.CompletedProcess(command, os.waitstatus_to_exitcode(status), *texts)
+    return subprocess.CompletedProcess([name, *arguments], status, *texts)
+
+
+def start_command(name, *arguments, output, errors, folder, environment=None, prepare=None, processes=0):
+    """Starts tools/<name>.py.
+
+    Args:
+        name: the command; or the path of another script, without .py.
+        arguments: its words.
+        output, errors: open files, for stdout and stderr.
+        folder: the working directory.
+        environment: variables that it has beside those of the tests. Imports are made already.
+        prepare: called in the new process first.
+        processes: of torchrun, which are forked too; 0 to run without torchrun.
+    """
+    command = [str(TOOLS / f"{name}.py"), *map(str, arguments)]
+    child = os.fork()
+    if not child:
+        # Whatever happens, the child ends here: it would go on as a second run of the tests.
+        status = 1
+        try:
+            os.dup2(output.fileno(), 1)
+            os.dup2(errors.fileno(), 2)
+            status = _run(command, folder, environment or {}, prepare, processes)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return Forked(child)
+
+
+class Forked:
+    """A process that was forked, with the methods of subprocess.Popen."""
+
+    def __init__(self, pid):
+        self.pid = pid
+        self.status = None
+
+    def poll(self):
+        return self._wait(os.WNOHANG)
+
+    def wait(self, timeout=None):
+        deadline = time.monotonic() + (timeout or 0)
+        while timeout and self.poll() is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(self.pid, timeout)
+            time.sleep(0.02)
+        return self._wait(0)
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def _wait(self, options):
+        if self.status is None:
+            ended, status = os.waitpid(self.pid, options)
+            if ended:
+                self.status = os.waitstatus_to_exitcode(status)
+        return self.status
 
 
 def _run(command, folder, environment, prepare, processes):
