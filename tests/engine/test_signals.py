@@ -38,9 +38,9 @@ def data(tmp_path_factory):
 
 
 class Run:
-    """A command that has been started, in a session of its own: forked, or by a launcher, with all imports."""
+    """A command that has been started, in a session of its own: forked, with torchrun or without, or by a launcher."""
 
-    def __init__(self, data, folder, command, *overrides, launcher=()):
+    def __init__(self, data, folder, command, *overrides, launcher=(), processes=0):
         self.out = folder / "out"
         self.log, self.errors = folder / "log", folder / "errors"
         name, *words = [str(data) if word == "DATA" else word for word in command]
@@ -56,10 +56,8 @@ class Run:
                 # The launcher starts further sessions.
                 self.named = ["-f", f"{self.out}$"]
             else:
-                files = {"output": log, "errors": errors}
-                self.process = start_command(
-                    name, *words, folder=ROOT, environment=environment, prepare=os.setsid, **files
-                )
+                how = {"output": log, "errors": errors, "environment": environment, "processes": processes}
+                self.process = start_command(name, *words, folder=ROOT, prepare=os.setsid, **how)
                 self.named = ["-s", str(self.process.pid)]
 
     def wait_for(self, pattern, count=1):
@@ -184,8 +182,7 @@ def test_a_run_under_torchrun_outlives_a_worker_and_no_process_outlives_torchrun
 
 
 def test_a_process_that_reads_images_and_dies_costs_no_step(data, tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
-    run = Run(data, tmp_path, TRAIN, "DATALOADER.NUM_WORKERS", "1", launcher=launcher)
+    run = Run(data, tmp_path, TRAIN, "DATALOADER.NUM_WORKERS", "1", processes=2)
     run.wait_for("iter: 19 ")
     reader = subprocess.run(["pgrep", "-P", str(run.children()[1])], capture_output=True, text=True).stdout.split()[-1]
     os.kill(int(reader), signal.SIGKILL)
@@ -197,8 +194,7 @@ def test_a_process_that_reads_images_and_dies_costs_no_step(data, tmp_path):
 
 
 def test_a_signal_to_one_of_two_processes_ends_both_with_a_checkpoint(data, tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
-    run = Run(data, tmp_path, PRETRAIN, "DATALOADER.NUM_WORKERS", "0", launcher=launcher)
+    run = Run(data, tmp_path, PRETRAIN, "DATALOADER.NUM_WORKERS", "0", processes=2)
     run.wait_for(STEP)
     os.kill(run.children()[1], signal.SIGUSR1)
     assert run.status() == 1
