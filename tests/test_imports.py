@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import karat_det
 
 FOREIGN = {"detectron2", "timm", "torchvision", "fvcore"}
@@ -22,8 +20,8 @@ assert "digits_train" in DatasetCatalog and len(MetadataCatalog.get("digits_val"
 """
 
 
-def run(code: str, **options) -> None:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **options)
+def run(code: str, *arguments: str, **options) -> None:
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, **options)
     assert done.returncode == 0, done.stderr
 
 
@@ -50,21 +48,38 @@ def test_the_package_sets_no_filters_of_warnings():
     run("import torch, warnings\nbefore = list(warnings.filters)\nimport karat_det\nassert warnings.filters == before")
 
 
-@pytest.mark.parametrize(
-    "first",
-    [
-        "import karat_det",
-        "import detectron2.modeling, detectron2.data, karat_det",
-        "import karat_det.attention, detectron2.config",
-        "from karat_det import add_karat_config",
-        "from karat_det import replace_attention",
-        "import karat_det.backbones.classifiers",
-        "import karat_det.data.coco_datasets",
-        "import karat_det.engine.trainer",
-    ],
+FIRST = (
+    "import karat_det",
+    "import detectron2.modeling, detectron2.data, karat_det",
+    "import karat_det.attention, detectron2.config",
+    "from karat_det import add_karat_config",
+    "from karat_det import replace_attention",
+    "import karat_det.backbones.classifiers",
+    "import karat_det.data.coco_datasets",
+    "import karat_det.engine.trainer",
 )
-def test_detectron2_finds_backbones_and_dataset_whatever_is_imported_first(first):
-    run(first + REGISTERED)
+# What both packages import takes most of the time: it is imported once, and each statement has a fork.
+FORKS = """
+import os, sys, traceback
+import cv2, fvcore.common.config, matplotlib.pyplot, timm, torchvision
+assert not {"detectron2", "karat_det"} & sys.modules.keys()
+failed = False
+for code in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        try:
+            exec(code, {})
+        except BaseException:
+            print(code, traceback.format_exc(), file=sys.stderr, flush=True)
+            os._exit(1)
+        os._exit(0)
+    failed |= os.waitpid(child, 0)[1] != 0
+sys.exit(failed)
+"""
+
+
+def test_detectron2_finds_backbones_and_dataset_whatever_is_imported_first():
+    run(FORKS, *(first + REGISTERED for first in FIRST))
 
 
 def test_a_name_that_needs_detectron2_says_how_to_install_it():
