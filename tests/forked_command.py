@@ -46,6 +46,15 @@ def run_command(name, *arguments, **how):
     return subprocess.CompletedProcess([name, *arguments], status, *texts)
 
 
+def run_in_fork(command, *, env, stdout=None, stderr=None, stdin=None):
+    """subprocess.run, in the place of a module's, for commands of the tools: [python, tools/<name>.py, *words]."""
+    _, script, *arguments = command
+    done = run_command(Path(script).stem, *arguments, folder=".", environment=env)
+    print(done.stdout, file=stdout)
+    print(done.stderr, file=stderr)
+    return done
+
+
 def start_command(name, *arguments, output, errors, folder, environment=None, prepare=None, processes=0):
     """Starts tools/<name>.py.
 

@@ -2,9 +2,11 @@
 
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from forked_command import run_in_fork
 
 from karat_det.analysis import benchmark_detector, gpu_training
 from karat_det.analysis.check_runner import FAIL, FOR_THE_RECORD, PASS, Skip
@@ -153,7 +155,8 @@ def test_a_run_that_fails_is_an_error(tmp_path, configs):
         train_net("cpu", tmp_path, [], tmp_path, tmp_path / "out")
 
 
-def test_a_resumed_run_and_an_unbroken_one_end_with_the_same_weights(tmp_path, configs):
+def test_a_resumed_run_and_an_unbroken_one_end_with_the_same_weights(tmp_path, configs, monkeypatch):
+    monkeypatch.setattr(gpu_training, "subprocess", SimpleNamespace(run=run_in_fork, DEVNULL=None))
     rows = check_resume("cpu", configs.parent, SMALL_MODEL, tmp_path)
     assert [row.name.rpartition(", ")[2] for row in rows] == ["one step later", "4 steps later"]
     assert [(row.measured, row.result) for row in rows] == 2 * [

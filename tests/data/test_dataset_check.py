@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pycocotools.mask as mask_util
@@ -11,6 +9,7 @@ import pytest
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from forked_command import run_command
 from PIL import ExifTags, Image
 
 from karat_det.data import coco_datasets
@@ -252,12 +251,11 @@ def test_each_training_json_is_loaded_once(own_cfg, make_own, name_data, own, mo
     assert loads == own_cfg.KARAT_DATA.JSONS
 
 
-def test_coco_tiny_loads_by_coco_names_where_it_is_given():
+def test_coco_tiny_loads_by_coco_names_where_it_is_given(tmp_path):
     root = os.environ.get("KARAT_COCO_TINY")
     if not root:
         pytest.skip("KARAT_COCO_TINY does not name the folder that holds coco/, a small subset of COCO")
-    # Detectron2 reads the variable when it is imported, so this takes a process of its own.
-    code = (
+    (tmp_path / "load.py").write_text(
         "import json, karat_det\n"
         "from detectron2.config import get_cfg\n"
         "from karat_det.data.dataset_check import load_checked_dicts\n"
@@ -267,13 +265,8 @@ def test_coco_tiny_loads_by_coco_names_where_it_is_given():
         "records = load_checked_dicts(cfg)\n"
         "print(json.dumps([len(records), sum(len(r['annotations']) for r in records)]))\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "DETECTRON2_DATASETS": root},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    result = run_command(tmp_path / "load", folder=tmp_path, environment={"DETECTRON2_DATASETS": root})
+    assert not result.returncode, result.stderr
     assert json.loads(result.stdout.splitlines()[-1]) == [80, 705]
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from forked_command import run_command
+from forked_command import run_command, run_in_fork
 
 from karat_det.analysis import study as study_module
 from karat_det.data.digits import generate_digits
@@ -47,16 +47,8 @@ def study(tmp_path_factory):
 def run(folder, study="study.yaml", output="out"):
     environment = {"PYTHONPATH": str(ROOT), "DETECTRON2_DATASETS": str(folder)}
     options = ("--study", study, "--output", output, "--jobs", "2")
-    fork = partial(setattr, study_module, "subprocess", SimpleNamespace(run=run_forked))
+    fork = partial(setattr, study_module, "subprocess", SimpleNamespace(run=run_in_fork))
     return run_command("study", *options, folder=folder, environment=environment, prepare=fork)
-
-
-def run_forked(command, *, stdout, stderr, env):
-    """subprocess.run of a command of the tools; in a fork, without the seconds that imports take."""
-    _, script, *arguments = command
-    done = run_command(Path(script).stem, *arguments, folder=".", environment=env)
-    stdout.write(done.stdout + done.stderr)
-    return done
 
 
 def test_it_trains_every_run_once_and_ends_with_a_table_and_a_plot(study):
