@@ -6,10 +6,13 @@ projects its r units back to N. Equation 2 and section 4 of "Kolmogorov-Arnold a
 `activate` is that equation. `attend` is its product with the values, and needs no N×N matrix: W is linear, so
 σ̂(A) V = Φ̂[A] (Wᵀ V), a product of (N, r) and (r, d). `backends` sums the functions over scores that are not kept.
 
-To try another σ̂, change this file: `_activate` is what a head does to its scores, `_attend` the same times V, and
-test_operator.py compares the two. `FunctionLayer._sums` is Φ̂ in plain PyTorch, a row of scores for each query. The back
-ends of a Fourier series serve functions that all queries share: where yours differ, have `score_sums` and
-`_project_after` use `_sums`, as they do for other families, which basis.py has.
+To try another σ̂, change this file:
+
+- `_activate` is what a head does to its scores, and `_attend` is the same times V. test_operator.py compares the two.
+- `FunctionLayer.sums` and `_sums` are Φ̂ of given scores, some queries at a time. Functions that depend on the query
+  have coefficients with a dimension for it, which `by_rows` cuts with the scores.
+- The back ends serve functions that all queries share. For others, `_attend` starts as
+  `self._activate(plain.scores(query, key, scale, bias), mask) @ value`.
 """
 
 import math
