@@ -1,7 +1,7 @@
 """Multi-head self-attention with a KArAt operator in softmax's place.
 
-Replaces Detectron2's `modeling.backbone.vit.Attention` and of timm's `layers.Attention`, and keeps their
-parameter names, so that their checkpoints load by name: `qkv`, `proj`, `rel_pos_h`, `rel_pos_w`.
+It replaces Detectron2's `modeling.backbone.vit.Attention` and timm's `layers.Attention`, and keeps their parameter
+names, so that their checkpoints load by name: `qkv`, `proj`, `rel_pos_h`, `rel_pos_w`.
 """
 
 import math
@@ -17,17 +17,18 @@ class KArAtAttention(nn.Module):
     """Multi-head self-attention whose scores pass through learnable functions in place of softmax.
 
     Args:
-        dim: number of channels C. num_heads: number of heads; must divide dim. operator: in softmax's place, for the
-        same number of heads; its num_tokens is N, the number of tokens that attend
-            to each other.
+        dim: number of channels C.
+        num_heads: number of heads; must divide dim.
+        operator: in softmax's place, for the same number of heads. Its num_tokens is N, the number of tokens that
+            attend to each other.
         shares_operator: whether other attentions have the same operator. It is then used but not registered here: the
             model must register it, once.
         qkv_bias: whether query, key and value have a bias.
         use_rel_pos: whether decomposed relative positions are added to the scores (section 4 of MViTv2,
             arXiv 2112.01526, as in Detectron2).
-        rel_pos_zero_init: whether these start at zero; else from a truncated normal of deviation 0.02. input_size: (H,
-        W) of the token grid, without class tokens. Required for relative positions, which need H · W = N,
-            and for resampling the operator to another grid.
+        rel_pos_zero_init: whether these start at zero; else from a truncated normal of deviation 0.02.
+        input_size: (H, W) of the token grid, without class tokens. Required for relative positions, which need
+            H · W = N, and for resampling the operator to another grid.
         proj_drop: dropout after the output projection.
 
     Raises:
