@@ -4,6 +4,7 @@ A pattern is for all keys that it matches, in detectors and in pretraining, so t
 The upper bounds are far above any real run; a larger number would take all memory, or never end.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -194,6 +195,7 @@ def check_ranges(cfg: CfgNode, defaults: CfgNode) -> None:
                 raise ValueError(f"{key} is {shown(value)}. {each} must be {bounds}.")
 
 
+@functools.cache
 def _first(key: str, table: tuple) -> Any:
     return next((rule for patterns, rule in table if any(fnmatchcase(key, each) for each in patterns.split())), None)
 

@@ -12,6 +12,7 @@ from detectron2.modeling.roi_heads import FastRCNNConvFCHead
 from karat_det.attention import KArAtAttention, KArAtConfig
 from karat_det.attention.window import KArAtSwinWindowAttention
 from karat_det.config import add_karat_config
+from karat_det.engine.model_check import _OnMeta
 from karat_det.engine.setup import check_model_and_datasets, load_cfg, parse_command
 
 ALL_CONFIGS = [
@@ -167,8 +168,11 @@ BUILT = [path for path in ALL_CONFIGS if "base" not in path.stem and "imagenet" 
 
 @pytest.mark.parametrize("path", BUILT, ids=lambda path: path.stem)
 def test_configs_build_their_model(path):
-    cfg = load_cfg(str(path), ["MODEL.DEVICE", "cpu"])
-    model = build_model(cfg)
+    cfg = load_cfg(str(path), ["MODEL.DEVICE", "cpu"]).clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "meta"  # the random values of millions of weights take a second
+    with _OnMeta():
+        model = build_model(cfg)
     attentions = [module for module in model.backbone.modules() if hasattr(module, "qkv")]
     num_karat = (
         0 if not cfg.MODEL.KARAT.ENABLED else 8 if cfg.MODEL.KARAT.GLOBAL_BLOCKS == "softmax" else len(attentions)
