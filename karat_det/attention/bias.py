@@ -1,5 +1,6 @@
 """Biases and masks of attention scores."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -63,3 +64,13 @@ def split_mask(bias: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or hidden.any():
         bias, mask = bias.masked_fill(hidden, 0.0), ~hidden if mask is None else mask & ~hidden
     return bias, mask
+
+
+def check_broadcast(name: str, tensor: Tensor, shape: Sequence[int]) -> None:
+    """Raises ValueError if a bias or mask cannot be broadcast to a shape."""
+    sizes = zip(reversed(tensor.shape), reversed(shape), strict=False)
+    if tensor.ndim > len(shape) or any(size not in (1, whole) for size, whole in sizes):
+        raise ValueError(
+            f"{name} has the shape {tuple(tensor.shape)}. It must be broadcastable to {tuple(shape)}: each size, "
+            "counted from the last, is the same, or 1."
+        )

@@ -24,7 +24,7 @@ from . import backends
 from .backends import plain
 from .backends.plain import at_least_float32
 from .basis import BASE_FUNCTIONS, Basis, BSpline, Fourier, Rational, Wavelet
-from .bias import Bias, of_heads, split_mask
+from .bias import Bias, check_broadcast, of_heads, split_mask
 from .config import KArAtConfig
 
 
@@ -264,7 +264,7 @@ class KArAtOperator(FunctionLayer):
         self._check_size("scores", scores)
         self.check_tokens(scores.shape[-1])
         if mask is not None:
-            self._check_broadcast("mask", mask, scores.shape[:-3])
+            check_broadcast("mask", mask, scores.shape)
         ours, rest = slice(self.num_karat_heads), slice(self.num_karat_heads, None)
         with torch.autocast(scores.device.type, enabled=False):
             exact = at_least_float32(scores)
@@ -302,15 +302,14 @@ class KArAtOperator(FunctionLayer):
             A tensor of value's shape and dtype.
 
         Raises:
-            ValueError: there are not N tokens or not the operator's number of heads in query, key and value, not N
-                tokens in the grid of a Bias, or a bias or mask is of a shape that does not fit.
+            ValueError: query, key and value differ in shape, value's last size excepted, or are not of the operator's
+                number of heads and N tokens; or a bias or mask is of a shape that does not fit.
         """
         if torch.is_autocast_enabled(query.device.type):
             with torch.autocast(query.device.type, enabled=False):
                 return self.attend(query, key, value, bias, scale, mask)
-        if not self._size == query.shape[-3:-1] == key.shape[-3:-1] == value.shape[-3:-1]:
-            for name, tensor in (("query", query), ("key", key), ("value", value)):
-                self._check_size(name, tensor)
+        if not (self._size == query.shape[-3:-1] and query.shape == key.shape and query.shape[:-1] == value.shape[:-1]):
+            self._refuse(query, key, value)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         if bias is None and mask is None:
             bias = _NO_BIAS
@@ -406,14 +405,13 @@ class KArAtOperator(FunctionLayer):
             )
         self.check_tokens(tensor.shape[-2])
 
-    def _check_broadcast(self, name: str, tensor: Tensor, batch: torch.Size) -> None:
-        scores = (*batch, self.num_heads, self.num_tokens, self.num_tokens)
-        sizes = zip(reversed(tensor.shape), reversed(scores), strict=False)
-        if tensor.ndim > len(scores) or any(size not in (1, whole) for size, whole in sizes):
-            raise ValueError(
-                f"{name} has the shape {tuple(tensor.shape)}. It must be broadcastable to the scores' {scores}: each "
-                "size, counted from the last, is that of the scores, or 1."
-            )
+    def _refuse(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            self._check_size(name, tensor)
+        raise ValueError(
+            f"query has the shape {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)}. They "
+            "must be the same, except for value's last size."
+        )
 
     def _check_bias(
         self, bias: Tensor | Bias | None, mask: Tensor | None, batch: torch.Size
@@ -426,21 +424,28 @@ class KArAtOperator(FunctionLayer):
             )
         is_finite = isinstance(bias, Bias)
         bias = bias if is_finite else Bias(bias)
+        scores = (*batch, self.num_heads, self.num_tokens, self.num_tokens)
         for name, tensor in (("bias", bias.full), ("mask", mask)):
             if tensor is not None:
-                self._check_broadcast(name, tensor, batch)
-        sides = [0 if term is None else term.shape[-1] for term in (bias.vertical, bias.horizontal)]
+                check_broadcast(name, tensor, scores)
+        sides = [0 if term is None else term.shape[-1] for term in bias[1:]]
         if any(sides) and math.prod(sides) != self.num_tokens:
             raise ValueError(
                 f"The bias has vertical terms for {sides[0]} rows and horizontal ones for {sides[1]} columns. It must "
                 f"have both, for a grid of rows · columns = {self.num_tokens} tokens."
             )
+        terms = []
+        for name, term, side in zip(("vertical", "horizontal"), bias[1:], sides, strict=True):
+            if term is not None:
+                check_broadcast(name, term, (*scores[:-1], side))
+                term = term.expand(*scores[:-1], side)
+            terms.append(term)
         full = bias.full
         if full is not None and not (is_finite and full.is_floating_point()):
             full, mask = split_mask(full, mask)
         if full is not None:
             full = full[(None,) * (len(batch) + 3 - full.ndim)]
-        return bias._replace(full=full), mask
+        return Bias(full, *terms), mask
 
     def extra_repr(self) -> str:
         config = self.config

@@ -2,6 +2,7 @@ import copy
 import itertools
 import math
 import pickle
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -637,13 +638,42 @@ def test_a_bias_or_mask_of_another_shape_is_refused(name, shape):
     inputs = [torch.randn(2, 3, 5, 4, dtype=torch.float64) for _ in range(3)]
     tensor = torch.zeros(shape)
     given = {"bias": {"bias": tensor}, "mask": {"mask": tensor > -1}, "Bias": {"bias": Bias(tensor)}}[name]
-    with pytest.raises(
-        ValueError, match=rf"{name.lower()} has the shape .*broadcastable to the scores' \(2, 3, 5, 5\)"
-    ):
+    with pytest.raises(ValueError, match=rf"{name.lower()} has the shape .*broadcastable to \(2, 3, 5, 5\)"):
         operator.attend(*inputs, **given)
     if name == "mask":
         with pytest.raises(ValueError, match="mask has the shape"):
             operator.activate(torch.randn(2, 3, 5, 5, dtype=torch.float64), tensor > -1)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("key", (2, 3, 5, 3)),
+        ("key", (1, 3, 5, 4)),
+        ("key", (3, 5, 4)),
+        ("value", (1, 3, 5, 4)),
+        ("query", (4, 3, 5, 4)),
+    ],
+    ids=str,
+)
+def test_inputs_that_differ_in_shape_are_refused(name, shape):
+    inputs = {each: torch.randn(2, 3, 5, 4) for each in ("query", "key", "value")} | {name: torch.randn(shape)}
+    with pytest.raises(ValueError, match=rf"{name} \S*.*{re.escape(str(shape))}.*must be the same"):
+        make_operator(3, 5, rank=2).float().attend(**inputs)
+
+
+def test_terms_of_a_grid_are_broadcast():
+    operator = make_operator(3, 6, rank=2)
+    inputs = [torch.randn(2, 3, 6, 4, dtype=torch.float64) for _ in range(3)]
+    vertical, horizontal = torch.randn(6, 2, dtype=torch.float64), torch.randn(2, 1, 6, 3, dtype=torch.float64)
+    on_grid = vertical.unsqueeze(-1) + horizontal.unsqueeze(-2)
+    for dtype in (torch.float64, torch.float32):
+        own = [x.to(dtype) for x in (*inputs, vertical, horizontal, on_grid.flatten(-2))]
+        operator.to(dtype)
+        expected = operator.attend(*own[:3], own[5])
+        torch.testing.assert_close(operator.attend(*own[:3], Bias(None, *own[3:5])), expected)
+    with pytest.raises(ValueError, match=r"vertical has the shape \(3, 2\).*broadcastable to \(2, 3, 6, 2\)"):
+        operator.attend(*own[:3], Bias(None, own[3][:3], own[4]))
 
 
 def test_a_mask_of_floats_is_refused():

@@ -4,13 +4,14 @@
 environment variable KARAT_BACKEND=plain forces it.
 """
 
+import math
 import os
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from ..bias import Bias
+from ..bias import Bias, check_broadcast
 from . import cpu, plain
 
 try:
@@ -46,8 +47,12 @@ def fourier_sums(
         A tensor of shape (..., heads, N, r); with a value, it and softmax(A) V, of shape (..., heads, N, v). Both are
         differentiable once.
 
+    Raises:
+        ValueError: a tensor is of another shape.
+
     Source: section 3 of the paper, arXiv 2503.10632.
     """
+    _check_shapes(query, key, coefficients, bias or Bias(), mask, value)
     backend = choose(query, key, coefficients, bias, mask, value)
     return backend.fourier_sums(query, key, coefficients, scale, bias, mask, value)
 
@@ -103,6 +108,28 @@ def choose(
         if with_triton and triton is not None and triton.can_run(query, key, coefficients, bias, mask, value):
             return triton
     return plain
+
+
+def _check_shapes(query, key, coefficients, bias: Bias, mask, value) -> None:
+    """Raises ValueError for shapes that do not fit: kernels read memory by them."""
+    queries, keys = tuple(query.shape[:-1]), (*query.shape[:-2], key.shape[-2])
+    sides = [0 if term is None else term.shape[-1] for term in bias[1:]]
+    if any(sides) and math.prod(sides) != keys[-1]:
+        raise ValueError(
+            f"The grid of the bias is {sides[0]} × {sides[1]}. It must have {keys[-1]} places, a key each."
+        )
+    for name, tensor, shape in (
+        ("key", key, (*keys, query.shape[-1])),
+        ("coefficients", coefficients, (queries[-2], 2, *coefficients.shape[2:3], keys[-1], coefficients.shape[-1])),
+        ("value", value, None if value is None else (*keys, value.shape[-1])),
+        ("vertical", bias.vertical, (*queries, sides[0])),
+        ("horizontal", bias.horizontal, (*queries, sides[1])),
+    ):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} has the shape {tuple(tensor.shape)}. It must be {shape}.")
+    for name, tensor in (("bias", bias.full), ("mask", mask)):
+        if tensor is not None:
+            check_broadcast(name, tensor, (*queries, keys[-1]))
 
 
 def _plain_is_forced() -> bool:

@@ -74,7 +74,31 @@ struct Inputs {
           residual(residual), items(query.size(0)), heads(query.size(1)), rows(query.size(2)), keys(key.size(2)),
           width(query.size(3)), grid_size(coefficients.size(2)), rank(coefficients.size(4)),
           values(value ? value->size(3) : 0), grid_rows(vertical ? vertical->size(3) : 0),
-          grid_columns(horizontal ? horizontal->size(3) : 0) {}
+          grid_columns(horizontal ? horizontal->size(3) : 0) {
+    check("query", query, {items, heads, rows, width});
+    check("key", key, {items, heads, keys, width});
+    check("coefficients", coefficients, {heads, 2, grid_size, keys, rank});
+    check("vertical", vertical, {items, heads, rows, grid_rows});
+    check("horizontal", horizontal, {items, heads, rows, grid_columns});
+    check("value", value, {items, heads, keys, values});
+    check("projector", projector, {heads, keys, rank});
+    check("full", transposed_full, {items, heads, keys, rows}, true);
+    check("mask", transposed_mask, {items, heads, keys, rows}, true);
+    TORCH_CHECK_VALUE(
+        grid_rows * grid_columns == (vertical || horizontal ? keys : 0), "A grid must have a place a key.");
+    TORCH_CHECK_VALUE(value || !(projector || residual), "A projector or residual needs a value.");
+    TORCH_CHECK_VALUE(coefficients.is_contiguous(), "coefficients must be contiguous.");
+    TORCH_CHECK_VALUE(!projector || projector->is_contiguous(), "projector must be contiguous.");
+  }
+
+  // Memory is read by these sizes.
+  static void check(const char* name, const optional<Tensor>& x, at::IntArrayRef sizes, bool broadcasts = false) {
+    if (!x) return;
+    bool fits = x->dim() == static_cast<int64_t>(sizes.size());
+    for (int64_t d = 0; fits && d < x->dim(); d++) fits = x->size(d) == sizes[d] || (broadcasts && x->size(d) == 1);
+    TORCH_CHECK_VALUE(fits, name, " has the shape ", x->sizes(), ". It must be ", sizes, ".");
+    TORCH_CHECK_VALUE(x->size(-1) < 2 || x->stride(-1) == 1, name, " must have its last dimension in one piece.");
+  }
 
   // a_pqm, of kind 0, or b_pqm, of kind 1, from a key on: (M, r).
   Matrix weights(int64_t head, int64_t kind, int64_t m, int64_t first_key) const {

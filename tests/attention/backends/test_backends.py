@@ -244,6 +244,30 @@ def test_sines_and_cosines_of_large_scores_are_exact():
     assert cpu.fourier_sums(torch.tensor([[[torch.inf], [torch.nan]]]), one, coefficients, 1.0).isnan().all()
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        *[("key", (2, 3, 6, 3)), ("key", (1, 3, 6, 4)), ("coefficients", (3, 2, 2, 5, 3)), ("value", (2, 3, 5, 5))],
+        *[("coefficients", (2, 2, 2, 6, 3)), ("vertical", (2, 3, 5, 2)), ("horizontal", (1, 3, 6, 3))],
+        *[("full", (3, 6, 5)), ("mask", (2, 1, 5, 6)), ("vertical", (2, 3, 6, 3))],
+    ],
+    ids=str,
+)
+def test_shapes_that_do_not_fit_are_refused(name, shape):
+    """By the compiled op too, which would read what lies beyond a tensor."""
+    query, key, coefficients, scale, value = make_inputs((2,), 3, 6, 6, 4, 2, 3, values=5)
+    names = ("query", "key", "coefficients", "full", "vertical", "horizontal", "mask", "value")
+    terms = torch.randn(3, 6, 6), torch.randn(2, 3, 6, 2), torch.randn(2, 3, 6, 3)
+    inputs = dict(zip(names, (query, key, coefficients, *terms, make_mask(6, 6), value), strict=True))
+    inputs[name] = torch.zeros(shape, dtype=inputs[name].dtype)
+    query, key, coefficients, *terms, mask, value = inputs.values()
+    with pytest.raises(ValueError, match=r"has the shape|grid of the bias"):
+        backends.fourier_sums(query, key, coefficients, scale, Bias(*terms), mask, value)
+    if cpu.is_available():
+        with pytest.raises(ValueError, match=r"has the shape|A grid must"):
+            cpu.fourier_sums(query, key, coefficients, scale, Bias(*terms), mask, value)
+
+
 @needs_compiler
 @pytest.mark.parametrize(("with_projector", "residual"), [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("bias", [None, "full", "grid"])
