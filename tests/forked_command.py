@@ -19,8 +19,8 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import builtin
 from detectron2.utils import logger as detectron2_logger
-from torch.distributed import run as torchrun
 from torch.distributed.launcher.api import elastic_launch
+from torch.distributed.run import config_from_args, parse_args
 
 from karat_det.data import images
 from karat_det.data.digits import register_digits
@@ -55,7 +55,7 @@ def run_in_fork(command, *, env, stdout=None, stderr=None, stdin=None):
     return done
 
 
-def start_command(name, *arguments, output, errors, folder, environment=None, prepare=None, processes=0):
+def start_command(name, *arguments, output, errors, folder, environment=None, prepare=None, torchrun=()):
     """Starts tools/<name>.py.
 
     Args:
@@ -65,7 +65,7 @@ def start_command(name, *arguments, output, errors, folder, environment=None, pr
         folder: the working directory.
         environment: variables that it has beside those of the tests. Imports are made already.
         prepare: called in the new process first.
-        processes: of torchrun, which are forked too; 0 to run without torchrun.
+        torchrun: its options, to run under torchrun; its processes are forked too.
     """
     command = [str(TOOLS / f"{name}.py"), *map(str, arguments)]
     child = os.fork()
@@ -75,7 +75,7 @@ def start_command(name, *arguments, output, errors, folder, environment=None, pr
         try:
             os.dup2(output.fileno(), 1)
             os.dup2(errors.fileno(), 2)
-            status = _run(command, folder, environment or {}, prepare, processes)
+            status = _run(command, folder, environment or {}, prepare, torchrun)
         except BaseException:
             traceback.print_exc()
         finally:
@@ -112,7 +112,7 @@ class Forked:
         return self.status
 
 
-def _run(command, folder, environment, prepare, processes):
+def _run(command, folder, environment, prepare, torchrun):
     sys.stdout, sys.stderr = (
         io.TextIOWrapper(io.FileIO(number, "w"), "utf-8", write_through=True) for number in (1, 2)
     )
@@ -139,8 +139,8 @@ def _run(command, folder, environment, prepare, processes):
         sys.modules.pop("early_signals", None)
         if prepare:
             prepare()
-        if processes:
-            _run_by_torchrun(command[0], processes)
+        if torchrun:
+            _run_under_torchrun(command[0], torchrun)
         else:
             _run_script(command[0])
         status = 0
@@ -159,8 +159,8 @@ def _run_script(path):
     runpy.run_path(path, run_name="__main__")
 
 
-def _run_by_torchrun(path, count):
-    options = ["--nproc-per-node", str(count), "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    config, _, _ = torchrun.config_from_args(torchrun.parse_args([*options, path]))
+def _run_under_torchrun(path, options):
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    config, _, _ = config_from_args(parse_args([*options, *rendezvous, path]))
     config.start_method = "fork"
     elastic_launch(config, _run_script)(path)

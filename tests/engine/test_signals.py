@@ -26,6 +26,7 @@ PRETRAIN = [
     *("pretrain_net", "--config-file", "configs/pretrain/digits.yaml", "--num-gpus", "0", "--data", "DATA"),
     *("MODEL.EMBED_DIM", "24", "MODEL.DEPTH", "2", "SOLVER.EPOCHS", "1000", "SOLVER.IMS_PER_BATCH", "12"),
 ]
+TWO = ("--nproc-per-node", "2")
 STEP = r"iter: \d+ |step \d+/5 "
 
 
@@ -38,27 +39,17 @@ def data(tmp_path_factory):
 
 
 class Run:
-    """A command that has been started, in a session of its own: forked, with torchrun or without, or by a launcher."""
+    """A command that has been started, in a session of its own; in a fork, as the processes of torchrun."""
 
-    def __init__(self, data, folder, command, *overrides, launcher=(), processes=0):
+    def __init__(self, data, folder, command, *overrides, **how):
         self.out = folder / "out"
         self.log, self.errors = folder / "log", folder / "errors"
-        name, *words = [str(data) if word == "DATA" else word for word in command]
-        words += [*overrides, "OUTPUT_DIR", str(self.out)]
+        words = [data if word == "DATA" else word for word in command]
+        words += [*overrides, "OUTPUT_DIR", self.out]
         environment = {"DETECTRON2_DATASETS": str(data)}
         with open(self.log, "w") as log, open(self.errors, "w") as errors:
-            if launcher:
-                command = [sys.executable, *launcher, f"tools/{name}.py", *words]
-                environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-                self.process = subprocess.Popen(
-                    command, cwd=ROOT, env=environment, stdout=log, stderr=errors, start_new_session=True
-                )
-                # The launcher starts further sessions.
-                self.named = ["-f", f"{self.out}$"]
-            else:
-                how = {"output": log, "errors": errors, "environment": environment, "processes": processes}
-                self.process = start_command(name, *words, folder=ROOT, prepare=os.setsid, **how)
-                self.named = ["-s", str(self.process.pid)]
+            how |= {"output": log, "errors": errors, "folder": ROOT, "environment": environment}
+            self.process = start_command(*words, prepare=os.setsid, **how)
 
     def wait_for(self, pattern, count=1):
         """Waits until the log has a pattern so often."""
@@ -78,7 +69,7 @@ class Run:
 
     def processes(self):
         """Numbers of the run's processes, workers included."""
-        found = subprocess.run(["pgrep", *self.named], capture_output=True, text=True).stdout
+        found = subprocess.run(["pgrep", "-s", str(self.process.pid)], capture_output=True, text=True).stdout
         return sorted(map(int, found.split()))
 
     def children(self):
@@ -122,12 +113,15 @@ def test_a_signal_ends_an_evaluation_at_once_and_costs_no_step(data, tmp_path):
     assert run.saved() == 2
 
 
-def test_a_signal_ends_a_start_at_once(data, tmp_path):
-    run = Run(data, tmp_path, TRAIN, launcher=("-u",))
+def test_a_signal_ends_a_start_at_once(tmp_path):
+    command = [sys.executable, "tools/train_net.py", "--config-file", "configs/quickstart.yaml", "--num-gpus", "0"]
+    command += ["OUTPUT_DIR", str(tmp_path)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    run = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, **pipes)
     time.sleep(1)
-    run.process.send_signal(signal.SIGUSR1)
-    assert run.status() == 128 + signal.SIGUSR1
-    assert run.errors.read_text() == "Ended at once by SIGUSR1.\n" and not run.log.read_text()
+    run.send_signal(signal.SIGUSR1)
+    assert run.communicate(timeout=60) == (b"", b"Ended at once by SIGUSR1.\n")
+    assert run.returncode == 128 + signal.SIGUSR1
 
 
 def test_a_second_signal_ends_at_once_what_the_first_has_asked_to_end(tmp_path):
@@ -166,9 +160,8 @@ with signals.awaited():
 
 
 def test_a_run_under_torchrun_outlives_a_worker_and_no_process_outlives_torchrun(data, tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "--max-restarts", "3")
     periods = ("SOLVER.CHECKPOINT_PERIOD", "10", "DATALOADER.NUM_WORKERS", "1")
-    run = Run(data, tmp_path, TRAIN, *periods, launcher=launcher)
+    run = Run(data, tmp_path, TRAIN, *periods, torchrun=(*TWO, "--max-restarts", "3"))
     run.wait_for("iter: 19 ")
     saved = run.saved()
     os.kill(run.children()[1], signal.SIGKILL)
@@ -182,7 +175,7 @@ def test_a_run_under_torchrun_outlives_a_worker_and_no_process_outlives_torchrun
 
 
 def test_a_process_that_reads_images_and_dies_costs_no_step(data, tmp_path):
-    run = Run(data, tmp_path, TRAIN, "DATALOADER.NUM_WORKERS", "1", processes=2)
+    run = Run(data, tmp_path, TRAIN, "DATALOADER.NUM_WORKERS", "1", torchrun=TWO)
     run.wait_for("iter: 19 ")
     reader = subprocess.run(["pgrep", "-P", str(run.children()[1])], capture_output=True, text=True).stdout.split()[-1]
     os.kill(int(reader), signal.SIGKILL)
@@ -194,7 +187,7 @@ def test_a_process_that_reads_images_and_dies_costs_no_step(data, tmp_path):
 
 
 def test_a_signal_to_one_of_two_processes_ends_both_with_a_checkpoint(data, tmp_path):
-    run = Run(data, tmp_path, PRETRAIN, "DATALOADER.NUM_WORKERS", "0", processes=2)
+    run = Run(data, tmp_path, PRETRAIN, "DATALOADER.NUM_WORKERS", "0", torchrun=TWO)
     run.wait_for(STEP)
     os.kill(run.children()[1], signal.SIGUSR1)
     assert run.status() == 1

@@ -33,7 +33,7 @@ def data(tmp_path_factory):
     return root
 
 
-def run(data, folder, *arguments, config=DIGITS, processes=0, fresh=False, fails=False):
+def run(data, folder, *arguments, config=DIGITS, fresh=False, fails=False, **how):
     """Runs pretrain_net.py in `folder`, with OUTPUT_DIR its subfolder out; in a fork, or with all imports anew."""
     options = ["--config-file", config, "--data", str(data), *arguments, "OUTPUT_DIR", str(folder / "out")]
     if fresh:
@@ -41,7 +41,7 @@ def run(data, folder, *arguments, config=DIGITS, processes=0, fresh=False, fails
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     else:
-        done = run_command("pretrain_net", *options, folder=folder, processes=processes)
+        done = run_command("pretrain_net", *options, folder=folder, **how)
     assert bool(done.returncode) == fails, done.stdout + done.stderr
     return done
 
@@ -89,7 +89,8 @@ def test_a_finished_run_is_not_overwritten_without_a_word(data, trained):
 
 
 def test_torchrun_trains_and_resumes_in_two_processes(data, tmp_path):
-    done = run(data, tmp_path, *SMALL, processes=2)
+    how = {"torchrun": ("--nproc-per-node", "2")}
+    done = run(data, tmp_path, *SMALL, **how)
     # Each of the 51 images is counted, once.
     assert "51 to validate on" in done.stdout
     correct = float(figures(done.stdout)[0]) * 51 / 100
@@ -99,7 +100,7 @@ def test_torchrun_trains_and_resumes_in_two_processes(data, tmp_path):
     # One process measures the same.
     alone = run(data, tmp_path, "--eval-only", "--init-from", str(tmp_path / "out" / "model_last.pth"), *SMALL)
     assert figures(alone.stdout) == figures(done.stdout)
-    resumed = run(data, tmp_path, "--resume", *SMALL, "SOLVER.EPOCHS", "3", processes=2)
+    resumed = run(data, tmp_path, "--resume", *SMALL, "SOLVER.EPOCHS", "3", **how)
     assert "Going on after epoch 2." in resumed.stdout and "epoch 3/3" in resumed.stdout
     assert torch.load(tmp_path / "out" / "model_last.pth", weights_only=True)["epoch"] == 3
 

@@ -170,7 +170,7 @@ def test_resumes_where_it_stopped_and_evaluates_to_the_same_figures(train, out):
 
 
 def test_torchrun_trains_and_evaluates_in_two_processes(train, tmp_path):
-    done = train(processes=2, overrides=[*SMALL_MODEL, "SOLVER.MAX_ITER", "3"])
+    done = train(torchrun=("--nproc-per-node", "2"), overrides=[*SMALL_MODEL, "SOLVER.MAX_ITER", "3"])
     assert "World size: 2" in done.stdout
     assert "Evaluation results for segm" in (tmp_path / "out" / "log.txt").read_text()
     assert (tmp_path / "out" / "log.txt.rank1").is_file()
