@@ -55,7 +55,7 @@ class Basis(ABC):
 class LinearBasis(Basis):
     """A family φ(x) = Σ_j c_j f_j(x) of fixed features f_j, c_j ~ N(0, 1) at the start.
 
-    Coefficients may have the inputs' batch dimensions too.
+    Coefficients may also have the inputs' batch dimensions, as those do that are mixed with values.
     """
 
     linear = True

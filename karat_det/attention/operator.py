@@ -76,12 +76,12 @@ class FunctionLayer(nn.Module):
         bias: Bias,
         mask: Tensor | None = None,
         value: Tensor | None = None,
-        triton: bool = True,
+        with_triton: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
         """Φ[A] for the scores A = scale · Q Kᵀ + bias, which are not kept.
 
-        Args: those of `backends.fourier_sums`, and
-            triton: whether Triton may sum a Fourier series on CUDA.
+        Args: those of `backends.fourier_sums`, without coefficients, and
+            with_triton: whether Triton may sum a Fourier series on CUDA.
 
         Returns:
             A tensor of shape (..., heads, N, P), and with a value softmax(A) V, else None.
@@ -91,7 +91,7 @@ class FunctionLayer(nn.Module):
             softmax = None if value is None else plain.softmax_attention(query, key, value, scale, bias, mask)
             return units, softmax
         coefficients = _scaled(self.coefficients, self.series_scale, at_least_float32(query))
-        backend = backends.choose(query, key, coefficients, bias, mask, value, triton)
+        backend = backends.choose(query, key, coefficients, bias, mask, value, with_triton)
         units = backend.fourier_sums(query, key, coefficients, scale, bias, mask, value)
         units, softmax = (units, None) if value is None else units
         if self.base_function is not None:
@@ -99,12 +99,12 @@ class FunctionLayer(nn.Module):
         return units, softmax
 
     def products(self, inputs: Tensor, value: Tensor) -> Tensor:
-        """Φ[x] V, where units weigh P values, (..., heads, P, d): of shape (..., heads, rows, d)."""
+        """Φ[x] V, the sum of P values V, (..., heads, P, d), weighted by the units: of shape (..., heads, rows, d)."""
         shared = [self._mixed(value), value]
         return plain.by_rows(self._products, [inputs, None], shared, self._elements(inputs))
 
     def score_products(self, query: Tensor, key: Tensor, scale: float, bias: Bias, value: Tensor) -> Tensor:
-        """Φ[A] V, where units weigh the values, without keeping A."""
+        """Φ[A] V, without keeping A."""
         return self._by_scores(self._products, query, key, scale, bias, None, [self._mixed(value), value])
 
     def _sums(self, inputs: Tensor, mask: Tensor | None, coefficients: Tensor) -> Tensor:
@@ -285,9 +285,9 @@ class KArAtOperator(FunctionLayer):
     ) -> Tensor:
         """σ̂(scale · Q Kᵀ + bias) V, in the place of torch's scaled_dot_product_attention.
 
-        The scores are not kept for the backward pass, and the N×N matrix σ̂(A) does not appear, unless there is the
-        simplex projection, or a mask and another order than "project_after". Scores and phases of KArAt heads are
-        float32 under autocast, since m · A in bfloat16 is noise; softmax's heads are computed in value's type.
+        The scores are not kept for the backward pass, and the N×N matrix σ̂(A) does not appear. It does with the simplex
+        projection, and with a mask unless W is last. Scores and phases of KArAt heads are float32 under autocast, since
+        m · A in bfloat16 is noise; softmax's heads are computed in value's type.
 
         Args:
             query, key, value: of shape (..., heads, N, d).
@@ -350,7 +350,7 @@ class KArAtOperator(FunctionLayer):
         if self.config.order == "project_after" and self.projector is not None and self.config.projection == "none":
             return self._project_after(query, key, value, scale, bias, mask)
         exact_query, exact_key, exact = (at_least_float32(x) for x in (query, key, value))
-        if mask is not None or self.config.projection == "simplex":
+        if mask is not None or self.config.projection != "none":
             scores = plain.scores(exact_query, exact_key, scale, bias)
             return (self._activate(scores, mask) @ exact).to(value.dtype)
 
@@ -360,7 +360,7 @@ class KArAtOperator(FunctionLayer):
             mixed_key, mixed_bias = projector.mT @ exact_key, _project_bias(bias, projector)
             output = self.score_products(exact_query, mixed_key, scale, mixed_bias, exact)
         elif self.outer is not None:
-            units, _ = self.score_sums(exact_query, exact_key, scale, bias, triton=self.config.triton)
+            units, _ = self.score_sums(exact_query, exact_key, scale, bias, with_triton=self.config.triton)
             output = self.outer.products(units, exact)
         else:
             output = self.score_products(exact_query, exact_key, scale, bias, exact)
@@ -373,15 +373,15 @@ class KArAtOperator(FunctionLayer):
         exact = at_least_float32(value)
         if not query.is_cuda:  # Triton's kernels make float32 scores of narrower factors
             query, key = at_least_float32(query), at_least_float32(key)
-        residual, triton = self.config.residual == "softmax", self.config.triton
+        residual, with_triton = self.config.residual == "softmax", self.config.triton
         if isinstance(self.basis, Fourier) and self.base_function is None:
             coefficients, projector = (x.to(exact.dtype) for x in (self.coefficients, self.projector))
             factor = self.series_scale * self.projector_scale  # both layers are linear in it
             output = backends.attend(
-                query, key, exact, coefficients, projector, factor, scale, bias, mask, residual, triton
+                query, key, exact, coefficients, projector, factor, scale, bias, mask, residual, with_triton
             )
             return output.to(value.dtype)
-        units, softmax = self.score_sums(query, key, scale, bias, mask, exact if residual else None, triton)
+        units, softmax = self.score_sums(query, key, scale, bias, mask, exact if residual else None, with_triton)
         output = plain.project(units, self._projector(exact), exact, mask)
         return (output + softmax if residual else output).to(value.dtype)
 

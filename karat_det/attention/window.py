@@ -106,7 +106,7 @@ def attend_by_regions(
     window_size: int,
     shift_size: int = 0,
 ) -> Tensor:
-    """Applies an attention to windows, without a mask to those of one region, where it is leaner.
+    """Applies an attention to windows. Those of several regions get a mask, the others none, which takes less time.
 
     Args:
         attend: maps some of the windows, (some, ...) like x, and a mask (some, 1, N, N), False where a query does not

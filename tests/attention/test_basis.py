@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain import BASES, basis_function, spline_knots
 from scipy.interpolate import BSpline
+from written_out import BASES, basis_function, spline_knots
 
 from karat_det.attention import KArAtConfig
 from karat_det.attention.operator import make_basis

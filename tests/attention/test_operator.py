@@ -10,8 +10,8 @@ import torch
 from fvcore.nn import FlopCountAnalysis
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain import BASES, ORDERS, activation, simplex_point
 from scipy.optimize import minimize
+from written_out import BASES, ORDERS, activation, simplex_point
 
 from karat_det.attention import Bias, KArAtConfig, KArAtOperator, backends, parse_shorthand
 from karat_det.attention.backends import plain

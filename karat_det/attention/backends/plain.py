@@ -46,7 +46,7 @@ def fourier_sums(
 
 
 def project(units: Tensor, projector: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """See `backends.project`."""
+    """Φ̂[A] (Wᵀ V), or (Φ̂[A] Wᵀ ∘ mask) V, for Φ̂[A] of shape (..., heads, N, r) and W of shape (heads, M, r)."""
     if mask is None:
         return units @ (projector.mT @ value)
 
@@ -132,9 +132,10 @@ def by_rows(
 
     Args:
         function: maps chunks of the rowwise tensors, (..., rows, *) each, and the shared tensors to a tensor
-            (..., rows, *). It gets a None where there is one. Gradients go to these tensors and to no others.
-        rowwise: tensors of shape (..., N, *), cut along N; the first is not None.
-        shared: tensors that each chunk gets whole.
+            (..., rows, *). Gradients go to these tensors and to no others.
+        rowwise: tensors of shape (..., N, *), cut along N; the first is not None. Any other may be None, and is passed
+            on as None.
+        shared: tensors that each chunk gets whole, or None.
         elements_per_row: how many elements the function forms for one row, batch and heads included.
 
     Returns:
@@ -203,7 +204,7 @@ def _cut(tensors: Sequence[Tensor | None], rows: slice) -> list[Tensor | None]:
 
 
 def _with_rows(tensor: Tensor | None, like: Tensor) -> Tensor | None:
-    """A tensor that is broadcast along rows, or has no dimension of these, with the rows of another."""
+    """A bias or mask with as many rows as `like`: it may have one row for all, or no dimension for rows."""
     if tensor is None:
         return None
     tensor = tensor[(None,) * (2 - tensor.ndim)]
