@@ -1,8 +1,10 @@
 """Hooks of a run between its steps: checkpoints, signals, evaluations."""
 
 import logging
+import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.engine import TrainerBase
@@ -20,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 # Name of the checkpoint between the numbered ones; each replaces the one before.
 LAST = "model_last"
+# Name of the checkpoint with the best evaluation.
+BEST = "model_best"
 # Least time between two checkpoints by time, over the time to save one.
 _LEAST_OVER_SAVING = 50
 # Errors of the machine or the data. Any other error is the program's, and keeps its trace.
@@ -118,6 +122,57 @@ class Evaluation(EvalHook):
         if self.trainer.iter < self.trainer.max_iter:
             self.checkpoints.save()
         evaluate_safely(super()._do_eval, self.trainer.iter, self.checkpoints.checkpointer)
+
+
+class KeepsBest(HookBase):
+    """A hook that saves the run as BEST when a metric is better than ever before, also before --resume."""
+
+    def __init__(self):
+        self.best = -math.inf
+
+    def is_best(self, value: float) -> bool:
+        """Whether a value is the highest so far. If so it is remembered, and the run must be saved."""
+        if not value > self.best:  # NaN is not
+            return False
+        self.best = value
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best = float(state["best"])
+
+
+class BestCheckpointer(KeepsBest):
+    """Keeps a detector's checkpoint with the best metric. Unlike Detectron2's of this name it survives --resume.
+
+    Args:
+        period: iterations between evaluations, as in Detectron2's EvalHook; 0 for none but the last.
+        checkpointer: saves the run.
+        metric: name of the metric among the evaluation's results, for example "segm/AP". Higher is better.
+    """
+
+    def __init__(self, period: int, checkpointer: SafeCheckpointer, metric: str):
+        super().__init__()
+        self.period = period
+        self.checkpointer = checkpointer
+        self.metric = metric
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if self.period > 0 and done % self.period == 0 and done != self.trainer.max_iter:
+            self._evaluated()
+
+    def after_train(self) -> None:
+        self._evaluated()
+
+    def _evaluated(self) -> None:
+        # Only the main process has results.
+        value = comm.all_gather(self.trainer.storage.latest().get(self.metric, (math.nan, 0))[0])[0]
+        if self.is_best(value):
+            logger.info("%s is %.3f, the best so far: saving %s.pth", self.metric, value, BEST)
+            self.checkpointer.save(BEST)
 
 
 def save_after_failure(trainer: TrainerBase, step, save: Callable[[], None]) -> None:

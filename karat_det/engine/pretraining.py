@@ -26,11 +26,11 @@ from ..data.classification import NO_LABEL, build_datasets
 from . import signals
 from .checks import check_classes, check_pretrain_config
 from .full_disk import Writers, full_disk_named
-from .hooks import LAST, save_after_failure
+from .hooks import BEST, LAST, save_after_failure
 from .model_check import check_room
 from .order import ImageOrder
 from .pretraining_builders import WithLoss, build_optimizer, build_scheduler, build_train_loader, build_val_loader
-from .pretraining_hooks import BEST, METRIC, AfterEpoch, AfterStep, BetweenEpochs, ProgressLine
+from .pretraining_hooks import METRIC, AfterEpoch, AfterStep, BetweenEpochs, ProgressLine
 from .resumption import Resumption
 from .setup import merge
 from .trainer import Step, autocast_arguments, checked_iteration, foreign_state_refused

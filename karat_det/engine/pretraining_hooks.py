@@ -2,7 +2,6 @@
 
 import datetime
 import logging
-import math
 import time
 from typing import Any
 
@@ -12,12 +11,11 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, get_event_storage
 
 from . import signals
-from .hooks import LAST, Interval, evaluate_safely
+from .hooks import BEST, LAST, Interval, KeepsBest, evaluate_safely
 from .processes import agree
 
 logger = logging.getLogger(__name__)
 
-BEST = "model_best"
 # The measure of the best checkpoint.
 METRIC = "top-1"
 
@@ -59,13 +57,13 @@ class AfterStep(HookBase):
             storage.put_scalar("images/s", rate, smoothing_hint=False)
 
 
-class AfterEpoch(HookBase):
+class AfterEpoch(KeepsBest):
     """Evaluates, and saves the run: always as the last checkpoint, and as the best one if it is that."""
 
     __qualname__ = "_AfterEpoch"  # Checkpoints have its state by this name.
 
     def __init__(self):
-        self.best = -math.inf
+        super().__init__()
         self.figures: dict[str, float] = {}
 
     def after_step(self) -> None:
@@ -82,18 +80,17 @@ class AfterEpoch(HookBase):
                 *(epoch, trainer.cfg.SOLVER.EPOCHS, *self.figures.values()),
                 " (of the averaged weights)" if trainer.ema else "",
             )
-            if self.figures[METRIC] > self.best:
-                self.best = self.figures[METRIC]
+            if self.is_best(self.figures[METRIC]):
                 trainer.save(BEST, self.figures)
         for images in trainer.images:
             images.merge_broken(comm.all_gather(images.broken))
         trainer.save(LAST, self.figures)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "figures": self.figures}
+        return {**super().state_dict(), "figures": self.figures}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best = float(state["best"])
+        super().load_state_dict(state)
         self.figures = {str(name): float(value) for name, value in state["figures"].items()}
 
 

@@ -26,7 +26,7 @@ from ..evaluation.coco import FasterCOCOEvaluator
 from . import signals
 from .divergence import Divergence
 from .full_disk import Writers, full_disk_named
-from .hooks import Checkpoints, Evaluation, save_after_failure
+from .hooks import BestCheckpointer, Checkpoints, Evaluation, save_after_failure
 from .optimizer import FULL_MODEL, build_optimizer, load_optimizer_state, optimizer_state
 from .order import CountedLoader, SeededImages, build_order
 from .processes import RunFailed, agree
@@ -372,43 +372,3 @@ class Rates(LRScheduler):
 
     def state_dict(self) -> dict[str, Any]:
         return {}
-
-
-class BestCheckpointer(HookBase):
-    """Keeps the checkpoint with the best metric as model_best.pth.
-
-    Unlike Detectron2's hook of this name it remembers the best value across --resume.
-
-    Args:
-        period: iterations between evaluations, as in Detectron2's EvalHook; 0 for none but the last.
-        checkpointer: saves the run.
-        metric: name of the metric among the evaluation's results, for example "segm/AP". Higher is better.
-    """
-
-    def __init__(self, period: int, checkpointer: SafeCheckpointer, metric: str):
-        self.period = period
-        self.checkpointer = checkpointer
-        self.metric = metric
-        self.best = -math.inf
-
-    def after_step(self) -> None:
-        done = self.trainer.iter + 1
-        if self.period > 0 and done % self.period == 0 and done != self.trainer.max_iter:
-            self._keep_if_best()
-
-    def after_train(self) -> None:
-        self._keep_if_best()
-
-    def _keep_if_best(self) -> None:
-        # Only the main process has results.
-        value = comm.all_gather(self.trainer.storage.latest().get(self.metric, (math.nan, 0))[0])[0]
-        if value > self.best:
-            logger.info("%s is %.3f, the best so far: saving model_best.pth", self.metric, value)
-            self.best = value
-            self.checkpointer.save("model_best")
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best = float(state["best"])
