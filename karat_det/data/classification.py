@@ -2,6 +2,9 @@
 
 A split is a sequence of pairs (image, label) and the names of its classes. Labels are indices into the classes of the
 training split. Nothing is downloaded.
+
+timm.data.create_dataset does less: it numbers the classes of each split on its own, takes the innermost folder for the
+class, knows five of the datasets below, and downloads from Hugging Face.
 """
 
 import difflib
